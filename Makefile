@@ -1,0 +1,40 @@
+# make study: set up, run the quick study offline, say where its report is.   make test: set up, pass every test.
+PY := .venv/bin/python
+STAMP := .venv/ready
+
+.PHONY: study test setup export check notebooks base clean
+study: setup
+	.venv/bin/lora-study run studies/quick.yaml || [ $$? -eq 3 ]
+
+test: setup check
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/nbdev_test --n_workers 2
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q tests
+
+setup: $(STAMP)
+# torch first and pinned: the pin resolves to one build, a range may fetch several gigabytes of another
+$(STAMP): settings.ini setup.py
+	test -x $(PY) || $${PYTHON:-python3} -m venv .venv
+	$(PY) -m pip install -q torch==2.13.0
+	$(PY) -m pip install -q -e '.[dev]'
+	touch $@
+
+# notebooks are the source: modules, README and the packaged point notebook are made from them
+export: setup
+	.venv/bin/nbdev_export
+	.venv/bin/nbdev_clean
+	$(PY) -m lora_study.pages
+
+check: setup
+	$(PY) tests/in_step.py
+
+# run every library notebook and keep its outputs (21_pretrain and 50_point take seconds: their long parts are functions)
+notebooks: setup
+	for f in nbs/[0-4]*.ipynb nbs/index.ipynb; do (cd nbs && ../.venv/bin/exec_nb --src $${f#nbs/} --dest $${f#nbs/}) || exit 1; done
+	.venv/bin/nbdev_clean
+
+# pretrain the embedded base anew: about half an hour on two cores
+base: setup
+	$(PY) -c "from lora_study.pretrain import build_base; build_base('lora_study/embedded')"
+
+clean:
+	rm -rf .venv build dist *.egg-info results/*/runs results/study.db*

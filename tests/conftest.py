@@ -1,0 +1,36 @@
+"What several tests share: a tiny study, the command line, and the real data beside the project."
+import os, subprocess, sys
+from pathlib import Path
+import pytest
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent/'shared'
+TINY = dict(train_size=32, validation_size=8, test_size=8, generate_size=2, max_new_tokens=4, max_steps=4, eval_steps=2)
+STUDY = '\n'.join(f'{k}: {v}' for k, v in TINY.items()) + '\naxes:\n  lora_r: [2, 4]\nseeds: [0, 1]\n'
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    "An empty working directory"
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+@pytest.fixture
+def study_file(folder):
+    "Four tiny runs"
+    path = folder/'tiny.yaml'
+    path.write_text(STUDY)
+    return path
+
+def command(*args): # argument list of the command line
+    return [sys.executable, '-m', 'lora_study.cli', *map(str, args)]
+
+def cli(*args, cwd=None, timeout=600):
+    "Runs the command line to its end"
+    return subprocess.run(command(*args), cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+def shared(*parts):
+    "A file or folder of the real data, or a skip that says what is missing"
+    path = SHARED.joinpath(*parts)
+    if not path.exists(): pytest.skip(f'{path.relative_to(SHARED.parent)} is not beside the project')
+    return path

@@ -1,0 +1,107 @@
+"The walk from a study file to a report, through real papermill runs."
+import json
+import pytest
+from conftest import ROOT, STUDY, TINY, cli, command, shared
+from lora_study import tracker
+from lora_study.config import Run, expand, read_study, run_id, sealed
+from lora_study.pages import broken_links
+from lora_study.sweep import run_point, work_folder
+
+def timeless(rec): # what must repeat exactly: everything but clocks, memory and the machine's load
+    clocks = ('_s', '_bytes')
+    metrics = {k: v for k, v in rec.metrics.items() if not k.endswith(clocks)} | dict(adapter_bytes=rec.metrics['adapter_bytes'])
+    return rec.run_id, rec.config, metrics, rec.curves, rec.adapter, rec.scores
+
+def test_the_same_run_twice_gives_the_same_record_to_the_bit(folder):
+    run = sealed(Run(**TINY, lora_dropout=.1))
+    first, second = (run_point(run, 'a', 'twice', folder/name) for name in ('one', 'two'))
+    assert timeless(first) == timeless(second)
+    assert len(first.curves['train']) == 4 and [p['step'] for p in first.curves['validation']] == [0, 2, 4]
+
+def test_a_saved_adapter_loads_with_plain_peft_and_scores_the_same(folder):
+    import torch
+    from peft import PeftModel
+    from lora_study.data import encode, load_splits
+    from lora_study.evaluation import token_scores
+    from lora_study.model import load_base, load_tokenizer
+    run = sealed(Run(**TINY))
+    rec = run_point(run, 'a', 'peft', folder)
+    tokenizer = load_tokenizer(run)
+    model = PeftModel.from_pretrained(load_base(run, torch.device('cpu')), str(work_folder(folder, 'peft', 'a')/'adapter')).eval()
+    rows = token_scores(model, encode(load_splits(run).test, tokenizer, run.max_length)[0], tokenizer.pad_token_id)
+    assert [r['nll'] for r in rows] == [s['nll'] for s in rec.scores['test']]
+
+def test_a_study_ends_in_a_report_whose_numbers_and_links_hold(study_file):
+    done = cli('run', study_file)
+    assert done.returncode == 0, done.stderr
+    db = tracker.open_db('results/study.db')
+    df = tracker.frame(db, 'tiny')
+    assert df.status.tolist() == ['done']*4 and df.attempt.tolist() == [1]*4
+    page = study_file.parent/'results/tiny/RESULTS.md'
+    text = page.read_text()
+    assert broken_links(page) == []
+    assert text.count('.ipynb)') == 4
+    for r, g in df.groupby('lora_r'): assert f'{g.test_nll.mean():.3f} ± {g.test_nll.std():.3f}' in text
+    for _, row in df.iterrows(): # stored per-example scores add up to what is reported
+        for which in ('base', 'test'):
+            s = tracker.example_scores(db, 'tiny', row.run_id, which)
+            assert s.nll.sum()/s.tokens.sum() == pytest.approx(row[f'{which}_nll'], rel=1e-12)
+            assert s.exact.dropna().mean() == row[f'{which}_exact_match']
+
+    again = cli('run', study_file)
+    assert again.returncode == 3 and 'nothing left to do' in again.stdout
+    listed = cli('plan', study_file)
+    assert '4 runs, 4 done, 0 to do' in listed.stdout
+    shown = cli('show', df.run_id[0])
+    assert shown.returncode == 0 and f'{df.test_nll[0]:.3f}' in shown.stdout
+    exported = cli('export', 'tiny')
+    assert [json.loads(l)['run_id'] for l in exported.stdout.splitlines()] == df.run_id.tolist()
+    asked = cli('runs', '--where', 'lora_r=4', '--where', 'seed=1')
+    assert asked.stdout.splitlines()[-1] == '1 runs'
+
+def test_what_failed_is_recorded_and_done_again(study_file):
+    from unittest.mock import patch
+    from lora_study import sweep
+    study_file.write_text(STUDY.replace('[2, 4]', '[2]').replace('[0, 1]', '[0]'))
+    study = read_study(study_file)
+    with patch.object(sweep, 'read_template', lambda path=None: broken(sweep_template(path))):
+        assert list(sweep.sweep(study, 'results', say=lambda l: None).values()) == [False]
+    db = tracker.open_db('results/study.db')
+    row = tracker.frame(db, 'tiny').iloc[0]
+    assert (row.status, row.error_kind) == ('failed', 'error') and 'planted' in row.error_message
+    assert (study_file.parent/'results'/row.notebook).is_file() and 'failed' in row.notebook
+    assert cli('report', study_file).returncode == 0
+    assert 'planted' in (study_file.parent/'results/tiny/RESULTS.md').read_text()
+    assert cli('run', study_file).returncode == 0
+    row = tracker.frame(db, 'tiny').iloc[0]
+    assert (row.status, row.attempt) == ('done', 2)
+    assert not (study_file.parent/'results/tiny/failed').exists() or not list((study_file.parent/'results/tiny/failed').iterdir())
+
+from lora_study.sweep import read_template as sweep_template
+
+def broken(nb): # the real template with a cell that fails half-way
+    next(c for c in nb.cells if 'train(loop' in c.source).source = 'raise RuntimeError("planted")'
+    return nb
+
+def test_a_run_that_diverges_is_data(study_file):
+    study_file.write_text(STUDY.replace('[2, 4]', '[2]').replace('[0, 1]', '[0]') + 'learning_rate: 1e30\n')
+    done = cli('run', study_file)
+    assert done.returncode == 1
+    row = tracker.frame(tracker.open_db('results/study.db'), 'tiny').iloc[0]
+    assert (row.status, row.error_kind) == ('failed', 'diverged') and 'lower learning_rate' in row.error_message
+
+def test_the_templates_parameters_are_runs_fields_with_their_defaults():
+    from papermill.inspection import inspect_notebook
+    from lora_study.sweep import HOW
+    found = {k: eval(v['default']) for k, v in inspect_notebook(str(ROOT/'nbs/50_point.ipynb')).items()}
+    assert {k: v for k, v in found.items() if k not in HOW} == {k: f.default for k, f in Run.model_fields.items()}
+
+def test_ids_do_not_move_between_versions(): # a moved id would orphan every finished run
+    assert run_id(Run()) == 'df61b8a1fcc1'
+    assert run_id(Run(lora_r=16, seed=3, learning_rate=1e-4, base_hash='b', data_hash='d')) == 'PINNED2'
+
+@pytest.mark.parametrize('name', ['quick', 'e2e_stories', 'alpaca_stories'])
+def test_the_studies_that_ship_expand(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if name != 'quick': shared('models/stories260K')
+    assert len(expand(read_study(ROOT/f'studies/{name}.yaml'))) >= 6
