@@ -27,9 +27,9 @@ export: setup
 check: setup
 	$(PY) tests/in_step.py
 
-# run every library notebook and keep its outputs (21_pretrain and 50_point take seconds: their long parts are functions)
+# run every library notebook and keep its outputs
 notebooks: setup
-	for f in nbs/[0-4]*.ipynb nbs/index.ipynb; do (cd nbs && ../.venv/bin/exec_nb --src $${f#nbs/} --dest $${f#nbs/}) || exit 1; done
+	$(PY) -m lora_study.pages --run nbs/[012]*.ipynb nbs/index.ipynb
 	.venv/bin/nbdev_clean
 
 # pretrain the embedded base anew: about half an hour on two cores

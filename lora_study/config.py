@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Count', 'Positive', 'Fraction', 'NotNegative', 'EMBEDDED', 'HUB_ID', 'CONTENT', 'STUDY_KEYS', 'BadInput', 'Run',
-           'canonical', 'run_id', 'local_path', 'fingerprint', 'sealed', 'Study', 'combinations', 'first_problem',
-           'check_arguments', 'expand', 'check_value', 'label', 'varied', 'Loader', 'line_of', 'read_yaml',
-           'read_study', 'template_file']
+           'canonical', 'run_id', 'local_path', 'fingerprint', 'world_digest', 'sealed', 'Study', 'combinations',
+           'first_problem', 'check_arguments', 'expand', 'check_value', 'label', 'varied', 'Loader', 'line_of',
+           'read_yaml', 'read_study', 'template_file']
 
 # %% ../nbs/00_config.ipynb #45b22ad4
 import difflib, hashlib, itertools, json, math, re
@@ -37,6 +37,7 @@ class Run(BaseModel):
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto' # of the base; auto: bfloat16 on CUDA, float32 elsewhere
     dataset_name: str = 'embedded'        # `embedded`, a local file or folder, or a hub id
     dataset_config: str | None = None     # of a hub dataset
+    dataset_revision: str = 'main'        # of a hub dataset
     dataset_format: Literal['auto', 'prompt_completion', 'alpaca', 'mr_text'] = 'auto'
     split_seed: int = 0                   # of the split and the subsamples: one for a whole study, so that runs pair example by example
     train_size: Count | None = 1600       # training examples; None: all
@@ -113,11 +114,17 @@ def fingerprint(path:Path) -> str: # 16 hex digits
     return h.hexdigest()[:16]
 
 # %% ../nbs/00_config.ipynb #d89eb9f6
+@cache
+def world_digest() -> str:
+    "The embedded data's hash, made once a process"
+    return world.digest()
+
+# %% ../nbs/00_config.ipynb #63f9f348
 def sealed(run:Run) -> Run:
     "`run` with the hashes of its base and data filled in"
     base, data = local_path(run.model_name_or_path), local_path(run.dataset_name, 'dataset_name')
-    data_hash = ('world:' + world.digest() if run.dataset_name == 'embedded' else fingerprint(data) if data
-                 else f'hub:{run.dataset_name}/{run.dataset_config or ""}')
+    data_hash = ('world:' + world_digest() if run.dataset_name == 'embedded' else fingerprint(data) if data
+                 else f'hub:{run.dataset_name}/{run.dataset_config or ""}@{run.dataset_revision}')
     return run.model_copy(update=dict(base_hash=fingerprint(base) if base else f'hub:{run.model_name_or_path}@{run.model_revision}', data_hash=data_hash))
 
 # %% ../nbs/00_config.ipynb #74e72cda
@@ -141,6 +148,7 @@ def combinations(study:Study) -> list[dict]: # argument → value, one dict a co
     steps = [[{k: v} for v in vs] for k, vs in study.axes.items()]
     steps += [[dict(zip(g, row)) for row in zip(*g.values())] for g in study.paired]
     n = math.prod(map(len, steps)) * len(study.seeds)
+    if not n: raise BadInput('paired: a group names no argument: expected argument: [values]: remove it')
     if n > study.max_runs: raise BadInput(f'axes × seeds = {n} runs: expected at most max_runs = {study.max_runs}: shorten an axis or raise max_runs')
     return [{k: v for part in row for k, v in part.items()} for row in itertools.product(*steps)]
 
@@ -209,6 +217,7 @@ class Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = {}
         for k, _ in node.value:
+            if not isinstance(k, yaml.ScalarNode): raise yaml.constructor.ConstructorError(None, None, 'a key is a list or a mapping: expected a name', k.start_mark)
             if k.value in seen: raise yaml.constructor.ConstructorError(None, None, f'{k.value} is given twice, first on line {seen[k.value]}: remove one', k.start_mark)
             seen[k.value] = k.start_mark.line + 1
         return super().construct_mapping(node, deep)
@@ -238,6 +247,7 @@ def read_yaml(path:Path) -> dict:
     except yaml.YAMLError as e:
         mark = getattr(e, 'problem_mark', None)
         raise BadInput(f"{path}:{mark.line+1}:{mark.column+1}: {e.problem}" if mark else f'{path}: {str(e).splitlines()[0]}') from None
+    except ValueError as e: raise BadInput(f'{path}: a value cannot be read: {e}') from None
     if not isinstance(data, dict): raise BadInput(f'{path}: got {type(data).__name__ if data is not None else "an empty file"}: expected a mapping of arguments')
     return data
 

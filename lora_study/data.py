@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['READERS', 'FORMATS', 'NAMES', 'read_jsonl', 'read_json', 'read_rows', 'from_alpaca', 'from_mr_text', 'recognise',
-           'pairs', 'Splits', 'hashed', 'cut', 'sampled', 'read_local', 'read_hub', 'load_splits', 'Example', 'encode',
-           'batch_at', 'collate']
+           'is_text', 'pairs', 'Splits', 'hashed', 'cut', 'sampled', 'read_local', 'read_hub', 'load_splits', 'Example',
+           'encode', 'batch_at', 'collate']
 
 # %% ../nbs/01_data.ipynb #398011a8
 import hashlib, json, random
@@ -21,7 +21,7 @@ from .config import BadInput, Run, local_path
 def read_jsonl(path:Path) -> list[dict]:
     "Rows of a JSON-lines file"
     rows = []
-    for i, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
+    for i, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1): # not splitlines: JSON strings may hold U+2028
         if not line.strip(): continue
         try: row = json.loads(line)
         except json.JSONDecodeError as e: raise BadInput(f'{path}:{i}: not JSON ({e.msg}) at {line[:40]!r}: repair or remove the line') from None
@@ -38,9 +38,9 @@ def read_json(path:Path) -> list[dict]:
     return rows
 
 # %% ../nbs/01_data.ipynb #19f87d00
-READERS = {'.jsonl': read_jsonl, '.json': read_json, '.csv': lambda p: pd.read_csv(p, keep_default_na=False).to_dict('records'),
+READERS = {'.jsonl': read_jsonl, '.json': read_json, '.csv': lambda p: pd.read_csv(p, keep_default_na=False, dtype=str).to_dict('records'),
            '.parquet': lambda p: pd.read_parquet(p).to_dict('records'),
-           '.txt': lambda p: [dict(text=l) for l in p.read_text(encoding='utf-8').splitlines() if l.strip()]}
+           '.txt': lambda p: [dict(text=l) for l in p.read_text(encoding='utf-8').split('\n') if l.strip()]}
 
 # %% ../nbs/01_data.ipynb #8bc7aeec
 def read_rows(path:Path) -> list[dict]:
@@ -48,6 +48,8 @@ def read_rows(path:Path) -> list[dict]:
     if path.suffix not in READERS: raise BadInput(f'{path}: cannot read {path.suffix or "a file without suffix"}: expected one of {", ".join(READERS)}')
     try: rows = READERS[path.suffix](path)
     except UnicodeDecodeError as e: raise BadInput(f'{path}: not UTF-8 at byte {e.start}: convert the file') from None
+    except BadInput: raise
+    except ValueError as e: raise BadInput(f'{path}: cannot be read as {path.suffix}: {str(e).splitlines()[0]}: repair the file') from None # pandas and arrow
     if not rows: raise BadInput(f'{path}: has no rows: expected at least one')
     return rows
 
@@ -60,7 +62,7 @@ def from_alpaca(row:dict) -> tuple:
 # %% ../nbs/01_data.ipynb #e32851db
 def from_mr_text(row:dict) -> tuple:
     "E2E's lines: a meaning representation, `||`, a text"
-    mr, bar, text = row['text'].partition('||')
+    mr, bar, text = str(row['text']).partition('||')
     return mr.strip() + '\n', text.strip() if bar else None
 
 # %% ../nbs/01_data.ipynb #5c2a6221
@@ -81,6 +83,11 @@ def recognise(
     raise BadInput(f"{where}: columns {sorted(row)} do not fit {'any known format' if wanted == 'auto' else f'dataset_format = {wanted}'}: expected {options}")
 
 # %% ../nbs/01_data.ipynb #5ecae03f
+def is_text(value) -> bool:
+    "Whether a cell is text that says something and can be written as UTF-8"
+    return isinstance(value, str) and bool(value.strip()) and not any('\ud800' <= c <= '\udfff' for c in value)
+
+# %% ../nbs/01_data.ipynb #7c293211
 def pairs(
     rows:list[dict], # as read
     wanted:str,      # `dataset_format`
@@ -92,7 +99,7 @@ def pairs(
     for r in rows:
         try: prompt, completion = convert(r)
         except KeyError: continue
-        if all(isinstance(t, str) and t.strip() for t in (prompt, completion)):
+        if is_text(prompt) and is_text(completion):
             out.append(dict(prompt=prompt, completion=completion, task=str(r.get('task', ''))))
     if not out: raise BadInput(f'{where}: none of {len(rows)} rows has both a prompt and a completion: check the columns')
     return out, len(rows) - len(out)
@@ -150,7 +157,7 @@ def read_local(path:Path) -> dict: # split → rows as read
 def read_hub(run:Run) -> dict: # split → rows as read
     "A hub dataset's splits"
     import datasets
-    try: got = datasets.load_dataset(run.dataset_name, run.dataset_config)
+    try: got = datasets.load_dataset(run.dataset_name, run.dataset_config, revision=run.dataset_revision)
     except Exception as e:
         raise BadInput(f'dataset_name = {run.dataset_name!r}: the hub gave {type(e).__name__}: {str(e).splitlines()[0][:160]}: '
                        f'go online, or save it first with `lora-study prepare-data` and name the file') from None
@@ -168,6 +175,7 @@ def load_splits(
     path = local_path(run.dataset_name, 'dataset_name')
     read = {s: pairs(rows, run.dataset_format, f'{run.dataset_name} ({s})') for s, rows in (read_local(path) if path else read_hub(run)).items()}
     parts = {s: rows for s, (rows, _) in read.items()}
+    if 'train' not in parts: raise BadInput(f'{run.dataset_name}: has no train split, only {sorted(parts)}: name one train')
     need = tuple(s for s in ('validation', 'test') if s not in parts)
     parts |= cut(parts['train'], run.split_seed, need)
     for s, rows in parts.items():
@@ -186,6 +194,7 @@ class Example:
     ids: list       # prompt, completion, end
     prompt_len: int # tokens of the prompt
     n_bytes: int    # UTF-8 bytes of the completion
+    row: int        # its place in the split, whatever was dropped before it: what pairs the scores of two runs
 
 # %% ../nbs/01_data.ipynb #9b25ea8a
 def encode(
@@ -197,12 +206,12 @@ def encode(
     out, counts = [], Counter(truncated=0, dropped=0)
     prompts = tokenizer([r['prompt'] for r in rows], split_special_tokens=True).input_ids
     answers = tokenizer([r['completion'] for r in rows], add_special_tokens=False, split_special_tokens=True).input_ids
-    for r, p, c in zip(rows, prompts, answers):
+    for i, (r, p, c) in enumerate(zip(rows, prompts, answers)):
         ids = p + c + [tokenizer.eos_token_id]
         counts['truncated'] += len(ids) > max_length
         if len(p) >= max_length: counts['dropped'] += 1; continue
         kept = tokenizer.decode(c[:max_length - len(p)]) if len(ids) > max_length else r['completion']
-        out.append(Example(r['prompt'], r['completion'], r['task'], ids[:max_length], len(p), len(kept.encode())))
+        out.append(Example(r['prompt'], r['completion'], r['task'], ids[:max_length], len(p), len(kept.encode()), i))
     if not out: raise BadInput(f'max_length = {max_length}: every one of {len(rows)} rows loses its completion (shortest prompt: {min(map(len, prompts))} tokens): raise max_length')
     return out, dict(counts)
 

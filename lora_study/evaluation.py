@@ -65,8 +65,8 @@ def evaluate(
     rows = token_scores(model, examples, tokenizer.pad_token_id, batch_size)
     said = answers(model, tokenizer, examples[:n_generate], max_new_tokens, batch_size)
     said += [None] * (len(examples) - len(said))
-    return [dict(example=i, task=e.task, **r, prediction=p, exact=None if p is None else int(p.strip() == e.completion.strip()))
-            for i, (e, r, p) in enumerate(zip(examples, rows, said))]
+    return [dict(example=e.row, task=e.task, **r, prediction=p, exact=None if p is None else int(p.strip() == e.completion.strip()))
+            for e, r, p in zip(examples, rows, said)]
 
 # %% ../nbs/05_evaluation.ipynb #6548fd34
 def summarise(rows:list[dict]) -> dict: # nll, perplexity, bits_per_byte, token_accuracy, and exact_match where something was generated; with their n

@@ -23,7 +23,9 @@ def check_targets(
     have = facts(model).linear
     if targets == 'all-linear': return
     if isinstance(targets, str):
-        if any(re.fullmatch(targets, n) for n, m in model.named_modules() if isinstance(m, nn.Linear)): return
+        try: pattern = re.compile(targets)
+        except re.error as e: raise BadInput(f'lora_target_modules = {targets!r}: not a pattern ({e}): expected all-linear, or a list from {sorted(have)}') from None
+        if any(pattern.fullmatch(n) and n.rpartition('.')[2] in have for n, _ in model.named_modules()): return
         raise BadInput(f'lora_target_modules = {targets!r}: matches no layer: expected all-linear, or a list from {sorted(have)}')
     if missing := [t for t in targets if t not in have]:
         raise BadInput(f'lora_target_modules: {missing} not in the base: it has {sorted(have)}')

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 from .config import BadInput, Run, local_path
 
 # %% ../nbs/02_model.ipynb #97ace639
 def pick_device(device:str='auto') -> torch.device:
     "The device a run uses"
-    if device != 'auto': return torch.device(device)
-    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if device == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try: torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e: raise BadInput(f'device = {device!r}: {str(e).splitlines()[0][:120]}: use auto or cpu') from None
+    return torch.device(device)
 
 # %% ../nbs/02_model.ipynb #84ff3102
 def pick_dtype(dtype:str, device:torch.device) -> torch.dtype:
@@ -29,7 +32,7 @@ def pick_dtype(dtype:str, device:torch.device) -> torch.dtype:
 def source(run:Run) -> tuple: # what from_pretrained gets: name or path, keyword arguments
     "Where a run's base comes from"
     path = local_path(run.model_name_or_path)
-    return (str(path), {}) if path else (run.model_name_or_path, dict(revision=run.model_revision))
+    return (str(path), dict(trust_remote_code=False)) if path else (run.model_name_or_path, dict(revision=run.model_revision, trust_remote_code=False))
 
 # %% ../nbs/02_model.ipynb #cc512d6d
 def refused(run:Run, err:Exception) -> BadInput:
@@ -69,15 +72,15 @@ class Facts:
     layers: int
     hidden_size: int
     parameters: int
-    linear: dict # module name → (inputs, outputs, how many)
+    linear: dict # module name → (inputs, outputs, how many); GPT-2's Conv1D included, as in PEFT
 
 # %% ../nbs/02_model.ipynb #ed618b79
 def facts(model:nn.Module) -> Facts:
     "The facts of a loaded base"
     head, linear = model.get_output_embeddings(), {}
     for name, m in model.named_modules():
-        if isinstance(m, nn.Linear) and m is not head:
-            key = name.rpartition('.')[2]
-            linear[key] = (m.in_features, m.out_features, linear.get(key, (0, 0, 0))[2] + 1)
+        if isinstance(m, (nn.Linear, Conv1D)) and m is not head:
+            key, (inputs, outputs) = name.rpartition('.')[2], m.weight.shape if isinstance(m, Conv1D) else m.weight.shape[::-1]
+            linear[key] = (inputs, outputs, linear.get(key, (0, 0, 0))[2] + 1)
     c = model.config.get_text_config()
     return Facts(c.model_type, c.num_hidden_layers, c.hidden_size, sum(p.numel() for p in model.parameters()), linear)

@@ -45,8 +45,9 @@ def phase(phases:Phases, name:str):
     kind, start = reset_peak(phases.device), time.perf_counter()
     yield
     if kind == 'cuda': torch.cuda.synchronize(phases.device)
-    phases.metrics[f'{name}_s'] = time.perf_counter() - start
-    phases.metrics |= {f'{name}_{k}': v for k, v in read_peak(phases.device, kind).items()}
+    m = phases.metrics
+    m[f'{name}_s'] = m.get(f'{name}_s', 0.) + time.perf_counter() - start
+    for k, v in read_peak(phases.device, kind).items(): m[f'{name}_{k}'] = max(v, m.get(f'{name}_{k}', 0))
 
 # %% ../nbs/04_profiler.ipynb #1b4d6912
 @dataclass

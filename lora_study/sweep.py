@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['HOW', 'KINDS', 'read_template', 'mark_failure', 'kernel_manager', 'PointEngine', 'WholeFiles', 'execute', 'explain',
-           'work_folder', 'finished_record', 'run_point', 'kept_alive', 'labels', 'plan', 'unfinished', 'attempt_run',
-           'sweep']
+           'run_folder', 'finished', 'run_point', 'publish', 'kept_alive', 'labels', 'plan', 'unfinished',
+           'keep_failure', 'attempt_run', 'sweep']
 
 # %% ../nbs/10_sweep.ipynb #b106a63b
-import os, shutil, signal, tempfile, threading, time
+import os, shutil, sqlite3, tempfile, threading, time
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -24,7 +24,7 @@ from . import tracker
 from .config import BadInput, Run, Study, expand, label, run_id, varied
 
 # %% ../nbs/10_sweep.ipynb #0416f06a
-HOW = {'work_dir', 'device', 'save_steps'} # parameters that are not part of a Run
+HOW = {'work_dir', 'checkpoint_dir', 'device', 'save_steps'} # parameters that are not part of a Run
 
 # %% ../nbs/10_sweep.ipynb #c8be4362
 def read_template(path=None) -> nbformat.NotebookNode: # None: the packaged one
@@ -57,9 +57,9 @@ def kernel_manager(kernel_name:str) -> AsyncKernelManager:
 class PointEngine(NBClientEngine):
     "Papermill's own engine, with honest failures and a private kernel connection"
     @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=300, execution_timeout=None, **kwargs):
+    def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, execution_timeout=None, **kwargs):
         km = kernel_manager(kernel_name)
-        try: PapermillNotebookClient(nb_man, km=km, kernel_name=kernel_name, timeout=execution_timeout, startup_timeout=start_timeout).execute()
+        try: PapermillNotebookClient(nb_man, km=km, kernel_name=kernel_name, timeout=execution_timeout, startup_timeout=start_timeout).execute(cleanup_kc=True)
         except BaseException: mark_failure(nb_man.nb); raise
         finally:
             if km.transport == 'ipc': shutil.rmtree(Path(km.ip).parent, ignore_errors=True)
@@ -82,7 +82,7 @@ def execute(
     papermill_io.reset(); papermill_io.register('local', WholeFiles())
     out.parent.mkdir(parents=True, exist_ok=True)
     for k, v in dict(HF_HUB_DISABLE_PROGRESS_BARS='1', TRANSFORMERS_VERBOSITY='error', TOKENIZERS_PARALLELISM='false').items(): os.environ.setdefault(k, v)
-    execute_notebook(nb, str(out), parameters, engine_name='lora_study', kernel_name='python3', progress_bar=False, execution_timeout=timeout)
+    execute_notebook(nb, str(out), parameters, engine_name='lora_study', kernel_name='python3', progress_bar=False, start_timeout=300, execution_timeout=timeout)
 
 # %% ../nbs/10_sweep.ipynb #cfb7fa90
 KINDS = dict(BadInput='bad_input', Diverged='diverged', OutOfMemoryError='out_of_memory', MemoryError='out_of_memory')
@@ -96,46 +96,60 @@ def explain(err:Exception) -> tuple: # kind, one line
     return 'error', f'{type(err).__name__}: {err}'.splitlines()[0]
 
 # %% ../nbs/10_sweep.ipynb #03c78815
-def work_folder(results, study:str, name:str) -> Path:
-    "Where a run keeps what is not published"
+def run_folder(results, study:str, name:str) -> Path:
+    "Where a run keeps what is not published: attempts, checkpoints, and in the end `final/`"
     return Path(results)/study/'runs'/name
 
 # %% ../nbs/10_sweep.ipynb #548fde60
-def finished_record(folder:Path, notebook:Path, rid:str) -> tracker.Record | None:
-    "The record of a run that finished, whether or not its driver lived to say so"
+def finished(folder:Path, rid:str) -> tracker.Record | None:
+    "The record of an attempt that ran to its end: notebook and record, of one folder and of this run"
     rec = tracker.read_record(folder/'record.json')
-    return rec if rec and rec.run_id == rid and notebook.is_file() else None
+    try: meta = nbformat.read(folder/'point.ipynb', 4).metadata.papermill
+    except (OSError, ValueError, AttributeError): return None
+    return rec if rec and rec.run_id == rid and meta.get('end_time') and not meta.get('exception') else None
 
 # %% ../nbs/10_sweep.ipynb #f40278d3
 def run_point(
-    run:Run, name:str,     # the run and its label
-    study:str, results,    # where it goes
+    run:Run, name:str,       # the run and its label
+    study:str, results,      # where it goes
+    attempt:int=1,           # from `tracker.claim`
     device:str='auto',
     timeout:float|None=None, # seconds a cell may take
-    save_steps:int=0,      # optimizer steps between checkpoints
-) -> tracker.Record:
-    "Executes one run; the record, or the exception that stopped it"
-    folder, final = work_folder(results, study, name), Path(results)/study/'points'/f'{name}.ipynb'
-    if rec := finished_record(folder, final, run_id(run)): return rec
-    nb = read_template()
+    save_steps:int=0,        # optimizer steps between checkpoints
+) -> tuple: # the record, the folder it is in
+    "Executes one run, or takes up an attempt that had finished unnoticed"
+    home = run_folder(results, study, name)
+    for earlier in sorted(home.glob('*/record.json')):
+        if rec := finished(earlier.parent, run_id(run)): return rec, earlier.parent
+    for earlier in home.glob('attempt-*'): shutil.rmtree(earlier, ignore_errors=True)
+    nb, folder = read_template(), home/f'attempt-{attempt}'
     nb.cells[0].source = f'---\ntitle: {name}\n---'
-    (folder/'record.json').unlink(missing_ok=True)
-    execute(nb, folder/'point.ipynb', run.model_dump(exclude_defaults=True) | dict(work_dir=str(folder), device=device, save_steps=save_steps), timeout)
-    rec = tracker.read_record(folder/'record.json')
-    if rec is None or rec.run_id != run_id(run): raise BadInput(f'{folder}/record.json: missing or not valid after the notebook ran to its end')
-    final.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(folder/'point.ipynb', final)
-    return rec
+    how = dict(work_dir=str(folder), checkpoint_dir=str(home/'checkpoints'), device=device, save_steps=save_steps)
+    execute(nb, folder/'point.ipynb', run.model_dump(exclude_unset=True) | how, timeout)
+    if rec := finished(folder, run_id(run)): return rec, folder
+    raise BadInput(f'{folder}: the notebook ran to its end and left no valid record of run {run_id(run)}')
 
-# %% ../nbs/10_sweep.ipynb #334e7161
+# %% ../nbs/10_sweep.ipynb #b9cfb08a
+def publish(folder:Path, results, study:str, name:str) -> str: # the notebook's path, from the results folder
+    "Makes an attempt the final one and its notebook public"
+    home, public = run_folder(results, study, name), f'{study}/points/{name}.ipynb'
+    if folder.name != 'final':
+        shutil.rmtree(home/'final', ignore_errors=True)
+        os.replace(folder, home/'final')
+    tracker.write_whole(Path(results)/public, (home/'final'/'point.ipynb').read_bytes())
+    shutil.rmtree(home/'checkpoints', ignore_errors=True)
+    (Path(results)/study/'failed'/f'{name}.ipynb').unlink(missing_ok=True)
+    return public
+
+# %% ../nbs/10_sweep.ipynb #dab047d3
 @contextmanager
 def kept_alive(path, study:str, rid:str, attempt:int, lease:float=tracker.LEASE):
     "Renews a claim in the background"
     stop = threading.Event()
     def beat():
-        db = tracker.open_db(path)
-        while not stop.wait(lease/4): tracker.renew(db, study, rid, attempt, lease)
-        db.close()
+        while not stop.wait(lease/4):
+            try: db = tracker.open_db(path); tracker.renew(db, study, rid, attempt, lease); db.close()
+            except (sqlite3.Error, BadInput): pass # the next beat tries again
     t = threading.Thread(target=beat, daemon=True); t.start()
     try: yield
     finally: stop.set(); t.join()
@@ -158,21 +172,28 @@ def unfinished(study:Study, results) -> bool:
     return any(r['status'] != 'done' for r in plan(tracker.open_db(path) if path.is_file() else None, study))
 
 # %% ../nbs/10_sweep.ipynb #84a91aa8
+def keep_failure(results, study:str, name:str, attempt:int) -> str | None: # the notebook's path, from the results folder
+    "Moves what a failed attempt left of its notebook to where it can be looked at"
+    part, kept = run_folder(results, study, name)/f'attempt-{attempt}'/'point.ipynb', f'{study}/failed/{name}.ipynb'
+    if not part.is_file(): return None
+    tracker.write_whole(Path(results)/kept, part.read_bytes())
+    return kept
+
+# %% ../nbs/10_sweep.ipynb #c5e8d700
 def attempt_run(db, path, study:Study, run:Run, name:str, attempt:int, results, say, **how) -> bool: # whether it is done
     "One claimed run, through to done or failed"
     rid, start = run_id(run), time.perf_counter()
     try:
-        with kept_alive(path, study.name, rid, attempt): rec = run_point(run, name, study.name, results, **how)
+        with kept_alive(path, study.name, rid, attempt):
+            rec, folder = run_point(run, name, study.name, results, attempt, **how)
+            if not tracker.renew(db, study.name, rid, attempt): say(f'{name}: taken over by another driver meanwhile'); return True
+            tracker.finish(db, study.name, rec, attempt, publish(folder, results, study.name, name))
     except (KeyboardInterrupt, SystemExit): tracker.release(db, study.name, rid, attempt); raise
     except Exception as e:
         kind, message = explain(e)
-        part, kept = work_folder(results, study.name, name)/'point.ipynb', Path(results)/study.name/'failed'/f'{name}.ipynb'
-        if part.is_file(): kept.parent.mkdir(parents=True, exist_ok=True); os.replace(part, kept)
-        tracker.fail(db, study.name, rid, attempt, kind, message, str(kept.relative_to(results)) if kept.is_file() else None)
+        tracker.fail(db, study.name, rid, attempt, kind, message, keep_failure(results, study.name, name, attempt))
         say(f'{name} failed ({kind}): {message}')
         return False
-    (Path(results)/study.name/'failed'/f'{name}.ipynb').unlink(missing_ok=True)
-    tracker.finish(db, study.name, rec, attempt, f'{study.name}/points/{name}.ipynb')
     say(f"{name} done in {time.perf_counter()-start:.1f} s: NLL {rec.metrics['base_nll']:.3f} → {rec.metrics['test_nll']:.3f}")
     return True
 

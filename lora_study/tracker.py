@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'SCHEMA_VERSION', 'SCHEMA', 'LEASE', 'SCORE_COLUMNS', 'Record', 'write_whole', 'read_record', 'git',
            'provenance', 'change', 'open_db', 'owner', 'is_gone', 'register', 'claim', 'now', 'renew', 'insert_results',
-           'finish', 'fail', 'release', 'frame', 'curve', 'example_scores', 'over_seeds', 'export_study',
+           'finish', 'fail', 'release', 'frame', 'curve', 'example_scores', 'settings', 'over_seeds', 'export_study',
            'import_records']
 
 # %% ../nbs/07_tracker.ipynb #eea599a2
@@ -37,13 +37,13 @@ class Record(BaseModel):
     ended: str
 
 # %% ../nbs/07_tracker.ipynb #8e9ccaf4
-def write_whole(path, text:str):
-    "Writes a file so that a reader sees all of it or none"
-    path = Path(path)
+def write_whole(path, content):
+    "Writes text or bytes so that a reader sees all of it or none"
+    path, data = Path(path), content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    with part.open('w', encoding='utf-8') as f:
-        f.write(text); f.flush(); os.fsync(f.fileno())
+    with part.open('wb') as f:
+        f.write(data); f.flush(); os.fsync(f.fileno())
     os.replace(part, path)
 
 # %% ../nbs/07_tracker.ipynb #b1f92fb2
@@ -108,6 +108,7 @@ def open_db(path) -> sqlite3.Connection:
             if have == 0:
                 for statement in SCHEMA.split(';'): db.execute(statement)
                 db.execute(f'pragma user_version={SCHEMA_VERSION}')
+    except sqlite3.OperationalError as e: raise BadInput(f'{path}: {e}: use a writable folder on a local disk, and let other drivers finish') from None
     except sqlite3.DatabaseError as e: raise BadInput(f'{path}: {e}: expected a lora_study database: move the file away; `lora-study import` rebuilds one from records.jsonl') from None
     except OSError as e: raise BadInput(f'{path}: cannot be opened: {e.strerror}: use a writable folder') from None
     if have > SCHEMA_VERSION: raise BadInput(f'{path}: schema {have}, this version knows {SCHEMA_VERSION}: upgrade lora_study')
@@ -126,7 +127,7 @@ def is_gone(who:str) -> bool:
     "Whether an owner was on this machine and no longer runs"
     host, pid, start = who.rsplit(':', 2)
     if host != socket.gethostname(): return False
-    try: return f'{psutil.Process(int(pid)).create_time():.2f}' != start
+    try: p = psutil.Process(int(pid)); return p.status() == psutil.STATUS_ZOMBIE or abs(p.create_time() - float(start)) > 5 # the clock may have been set meanwhile
     except psutil.NoSuchProcess: return True
 
 # %% ../nbs/07_tracker.ipynb #8e73587f
@@ -146,7 +147,8 @@ def claim(
     "Takes a run, if it can be taken"
     with change(db):
         r = db.execute('select status, attempt, owner, lease from runs where study=? and run_id=?', (study, rid)).fetchone()
-        busy = r['status'] == 'running' and r['lease'] > time.time() and not is_gone(r['owner'])
+        here = r['owner'] and r['owner'].startswith(f'{socket.gethostname()}:')
+        busy = r['status'] == 'running' and (not is_gone(r['owner']) if here else r['lease'] > time.time())
         if r['status'] == 'done' or busy: return None
         db.execute("update runs set status='running', attempt=attempt+1, owner=?, lease=?, started=?, ended=null, error_kind=null, error_message=null where study=? and run_id=?",
                    (who, time.time() + lease, now(), study, rid))
@@ -207,7 +209,7 @@ def frame(
     status:str|None=None,
     since:str|None=None,  # ISO time: ended at or after
     until:str|None=None,  # ISO time: ended before
-    **config,             # field of Run → value
+    config:dict={},       # field of Run → value
 ) -> pd.DataFrame: # one row a run, in order of registration
     "Runs with their config and metrics"
     asked = dict(study=(study, 'study=?'), status=(status, 'status=?'), since=(since, 'ended>=?'), until=(until, 'ended<?'))
@@ -219,8 +221,8 @@ def frame(
     flat = [{k: r[k] for k in keep} | json.loads(r['config']) | json.loads(r['provenance'] or '{}') | values.get((r['study'], r['run_id']), {}) for r in rows]
     df = pd.DataFrame(flat, columns=None if flat else [*keep, *Run.model_fields])
     for k, v in config.items():
-        if k not in df: raise BadInput(f'{k}: no such field: expected one of {", ".join(Run.model_fields)}')
-        df = df[df[k].apply(lambda x: x == v)]
+        if k not in Run.model_fields: raise BadInput(f'{k}: no such field: expected one of {", ".join(Run.model_fields)}')
+        df = df.loc[[x == v for x in df[k]]]
     return df.reset_index(drop=True)
 
 # %% ../nbs/07_tracker.ipynb #fdcac1bd
@@ -236,16 +238,25 @@ def example_scores(db, study:str, rid:str, which:str='test') -> pd.DataFrame: # 
     return pd.DataFrame([tuple(r) for r in db.execute(sql, (study, rid, which))], columns=list(SCORE_COLUMNS))
 
 # %% ../nbs/07_tracker.ipynb #e9f4df19
+def settings(
+    df:pd.DataFrame, # one row a run
+    by:list,         # columns that name a setting; values may be lists
+) -> list: # (column → value, the setting's runs) in order of appearance
+    "Runs grouped by setting"
+    groups = {}
+    for i, values in enumerate(zip(*(df[b] for b in by)) if by else [()]*len(df)): groups.setdefault(repr(values), (dict(zip(by, values)), []))[1].append(i)
+    return [(values, df.iloc[rows]) for values, rows in groups.values()]
+
+# %% ../nbs/07_tracker.ipynb #0e5a4be4
 def over_seeds(
     df:pd.DataFrame,  # from `frame`
     by:list,          # config fields that name a setting
     metrics:list,     # columns to summarise
 ) -> pd.DataFrame: # one row a setting: by…, n, then <metric> (mean) and <metric>_sd (sample SD, n−1)
     "Summary statistics over seeds"
-    key = df[by].apply(lambda row: json.dumps(row.tolist()), axis=1) if by else pd.Series('all', df.index)
     rows = []
-    for _, g in df.groupby(key, sort=False):
-        row = {b: g[b].iloc[0] for b in by} | dict(n=len(g))
+    for values, g in settings(df, by):
+        row = values | dict(n=len(g))
         for m in metrics: row |= {m: g[m].mean(), f'{m}_sd': g[m].std() if len(g) > 1 else None}
         rows.append(row)
     return pd.DataFrame(rows)
@@ -266,7 +277,8 @@ def export_study(db, study:str) -> str: # JSON lines, one a run, keys in a fixed
 def import_records(db, path) -> int: # runs taken in
     "Rebuilds rows from a records.jsonl; runs the database already has are left alone"
     n = 0
-    for i, line in enumerate(Path(path).read_text(encoding='utf-8').splitlines(), 1):
+    for i, line in enumerate(Path(path).read_text(encoding='utf-8').split('\n'), 1):
+        if not line: continue
         try: d = json.loads(line)
         except json.JSONDecodeError: raise BadInput(f'{path}:{i}: not a whole record: remove the line') from None
         with change(db):

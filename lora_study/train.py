@@ -9,6 +9,7 @@ __all__ = ['total_steps', 'warmup', 'Loop', 'micro_batches', 'Diverged', 'summed
 
 # %% ../nbs/08_train.ipynb #4ea887a8
 import hashlib, json, math, os, shutil, time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -26,8 +27,7 @@ from .profiler import Phases, phase, probe
 def total_steps(run:Run, n:int) -> int: # optimizer steps
     "Steps of a run on n examples"
     if run.max_steps > 0: return run.max_steps
-    per_epoch = math.ceil(math.ceil(n/run.per_device_train_batch_size)/run.gradient_accumulation_steps)
-    return max(1, math.ceil(run.num_train_epochs*per_epoch))
+    return math.ceil(run.num_train_epochs * math.ceil(n/run.per_device_train_batch_size) / run.gradient_accumulation_steps)
 
 # %% ../nbs/08_train.ipynb #b1b778dd
 def warmup(run:Run, steps:int) -> int: # optimizer steps
@@ -44,6 +44,7 @@ class Loop:
     pad_id: int
     step: int = 0             # optimizer steps done
     seconds: float = 0.       # spent in them
+    resumed_at: int = 0       # the step a checkpoint was taken up at; 0: none
     history: dict = field(default_factory=lambda: dict(train=[], validation=[])) # step, loss, learning_rate; step, nll
     def __post_init__(self):
         r = self.run
@@ -122,15 +123,22 @@ def train(
     checkpoints=None,        # a folder: resume from its newest valid checkpoint, and write there
     save_steps:int=0,        # optimizer steps between checkpoints; 0: none
     stop_at:int|None=None,   # leave after this step (the schedule still knows the whole run)
+    measure=lambda name: nullcontext(), # entered around 'training' steps and around each 'validation'
 ) -> Loop:
     "Trains to the end, from where the newest checkpoint left off"
+    end = min(loop.total, stop_at or loop.total)
+    def due(): return validation and (loop.step % loop.run.eval_steps == 0 or loop.step == loop.total)
+    def look():
+        with measure('validation'): read_validation(loop, validation)
     if checkpoints and (last := newest_checkpoint(checkpoints, run_id(loop.run))): load_checkpoint(loop, last)
     elif loop.step == 0:
         torch.manual_seed(loop.run.seed)
-        if validation: read_validation(loop, validation)
-    while loop.step < min(loop.total, stop_at or loop.total):
-        train_step(loop)
-        if validation and (loop.step % loop.run.eval_steps == 0 or loop.step == loop.total): read_validation(loop, validation)
+        if due(): look()
+    while loop.step < end:
+        with measure('training'):
+            train_step(loop)
+            while loop.step < end and not due() and not (save_steps and loop.step % save_steps == 0): train_step(loop)
+        if due(): look()
         if checkpoints and save_steps and loop.step % save_steps == 0: save_checkpoint(loop, checkpoints)
     loop.model.eval()
     return loop
@@ -145,7 +153,8 @@ def save_checkpoint(loop:Loop, folder) -> Path:
     "Writes the state after `loop.step` steps"
     folder = Path(folder)
     part, final = folder/f'.part-{os.getpid()}', folder/f'checkpoint-{loop.step:08d}'
-    shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
+    for old in folder.glob('.part-*'): shutil.rmtree(old, ignore_errors=True) # left by whoever was killed
+    part.mkdir(parents=True)
     save_file({n: p.detach() for n, p in loop.model.named_parameters() if p.requires_grad}, part/'adapter.safetensors')
     rng = dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state(loop.device)) if loop.device.type == 'cuda' else {})
     torch.save(dict(optimizer=loop.optimizer.state_dict(), schedule=loop.schedule.state_dict(), rng=rng), part/'state.pt')
@@ -178,7 +187,7 @@ def load_checkpoint(loop:Loop, checkpoint:Path):
     loop.optimizer.load_state_dict(state['optimizer']); loop.schedule.load_state_dict(state['schedule'])
     torch.set_rng_state(state['rng']['cpu'])
     if 'cuda' in state['rng']: torch.cuda.set_rng_state(state['rng']['cuda'], loop.device)
-    loop.step, loop.seconds, loop.history = saved['step'], saved['seconds'], saved['history']
+    loop.step, loop.seconds, loop.history, loop.resumed_at = saved['step'], saved['seconds'], saved['history'], saved['step']
 
 # %% ../nbs/08_train.ipynb #c17eceb2
 def probe_batches(loop:Loop, timed:int=6) -> list: # of micro-batch lists
@@ -192,6 +201,7 @@ def probe_batches(loop:Loop, timed:int=6) -> list: # of micro-batch lists
 def probe_run(loop:Loop, timed:int=6) -> dict: # probe_steps, step_s, tok_s
     "Cost of a training step, measured before training and leaving no trace"
     fresh = Loop(loop.run, loop.model, loop.examples, loop.pad_id)
+    for group in fresh.optimizer.param_groups: group['lr'] = 0. # the same work, and nothing to diverge
     loop.model.train()
     return probe(lambda b: optimizer_step(fresh, b)[1], probe_batches(loop, timed), loop.params, loop.device)
 

@@ -32,7 +32,11 @@ def test_a_truncated_model_is_refused_before_any_run(study_file):
     from lora_study.config import EMBEDDED
     shutil.copytree(str(EMBEDDED), 'base')
     weights = study_file.parent/'base/model.safetensors'
-    weights.unlink()
+    weights.write_bytes(weights.read_bytes()[:-100])
     study_file.write_text(STUDY + 'model_name_or_path: ./base\n')
     said = cli('run', study_file.name)
-    assert said.returncode == 2 and 'safetensors' in said.stderr
+    assert said.returncode == 2 and 'model.safetensors' in said.stderr and 'download it again' in said.stderr
+
+def test_a_device_that_is_not_there_is_refused_before_any_run(study_file):
+    said = cli('run', study_file.name, '--device', 'toaster')
+    assert said.returncode == 2 and "device = 'toaster'" in said.stderr

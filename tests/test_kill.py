@@ -1,5 +1,5 @@
 "Real kills of real processes: nothing finished is lost, nothing is done twice."
-import json, os, random, signal, subprocess, sys, time
+import json, random, signal, subprocess, sys, time
 from pathlib import Path
 import psutil
 from conftest import TINY, cli, command
@@ -20,20 +20,24 @@ def finished_once(db, study, n):
     return df
 
 def test_a_driver_killed_at_random_moments_finishes_every_run_exactly_once(study_file):
-    rng, done_before = random.Random(0), {}
+    rng, done_before, busy = random.Random(0), {}, 0
+    growing = lambda: list(Path('results/tiny/runs').glob('*/attempt-*/point.ipynb'))
     for _ in range(5):
         driver = start('run', study_file)
-        time.sleep(rng.uniform(3, 14))
+        until(lambda: growing() or driver.poll() is not None, 120) # a point has begun ...
+        time.sleep(rng.uniform(0, 8))                              # ... and is somewhere in its run, or the next one is
         driver.kill(); driver.wait()
-        if Path('results/study.db').exists():
-            df = tracker.frame(tracker.open_db('results/study.db'), 'tiny', status='done')
-            now = dict(zip(df.run_id, df.attempt))
-            assert done_before.items() <= now.items() # what was done stays done, and is not attempted again
-            done_before = now
+        df = tracker.frame(tracker.open_db('results/study.db'), 'tiny')
+        busy += (df.status == 'running').sum()
+        now = dict(zip(df.run_id[df.status == 'done'], df.attempt[df.status == 'done']))
+        assert done_before.items() <= now.items() # what was done stays done, and is not attempted again
+        done_before = now
+    assert busy >= 1 # some of the kills did hit a run
     last = cli('run', study_file)
     assert last.returncode in (0, 3), last.stdout + last.stderr
     finished_once(tracker.open_db('results/study.db'), 'tiny', 4)
-    assert not list(Path('results').rglob('*.part'))
+    left = [p for p in Path('results').rglob('*') if p.name.startswith(('attempt-', '.')) and not p.name.endswith('.part')]
+    assert left == []
 
 def test_two_drivers_at_once_run_no_point_twice(study_file):
     drivers = [start('run', study_file) for _ in range(2)]

@@ -43,3 +43,17 @@ def test_prepared_data_is_the_data(folder):
     sizes = dict(train_size=50, validation_size=10, test_size=10)
     a, b = load_splits(Run(dataset_name=str(path), **sizes)), load_splits(Run(dataset_name='e2e.jsonl', **sizes))
     for s in ('train', 'validation', 'test'): assert {r['prompt'] + r['completion'] for r in getattr(a, s)} == {r['prompt'] + r['completion'] for r in getattr(b, s)}
+
+def test_the_hub_door_reads_a_dataset_and_offline_says_so_in_one_line(folder):
+    import pytest
+    from lora_study.config import BadInput
+    from lora_study.data import pairs, read_hub
+    (folder/'data').mkdir()
+    for name, n in (('train', 5), ('test', 2)):
+        (folder/'data'/f'{name}.jsonl').write_text(''.join(json.dumps(dict(instruction=f'say {i}', input='', output=str(i))) + '\n' for i in range(n)))
+    rows = read_hub(Run(dataset_name=str(folder/'data'))) # datasets.load_dataset, as for a hub id
+    assert {s: len(r) for s, r in rows.items()} == dict(train=5, test=2)
+    assert pairs(rows['test'], 'auto', 'data')[0][1]['completion'] == '1'
+    said = cli('prepare-data', 'no-such-owner/no-such-data', 'out.jsonl')
+    assert said.returncode == 2 and len(said.stderr.strip().splitlines()) == 1 and 'go online' in said.stderr
+    assert not (folder/'out.jsonl').exists()

@@ -1,11 +1,11 @@
 "The walk from a study file to a report, through real papermill runs."
 import json
 import pytest
-from conftest import ROOT, STUDY, TINY, cli, command, shared
+from conftest import ROOT, STUDY, TINY, cli, shared
 from lora_study import tracker
 from lora_study.config import Run, expand, read_study, run_id, sealed
 from lora_study.pages import broken_links
-from lora_study.sweep import run_point, work_folder
+from lora_study.sweep import read_template, run_point
 
 def timeless(rec): # what must repeat exactly: everything but clocks, memory and the machine's load
     clocks = ('_s', '_bytes')
@@ -14,7 +14,7 @@ def timeless(rec): # what must repeat exactly: everything but clocks, memory and
 
 def test_the_same_run_twice_gives_the_same_record_to_the_bit(folder):
     run = sealed(Run(**TINY, lora_dropout=.1))
-    first, second = (run_point(run, 'a', 'twice', folder/name) for name in ('one', 'two'))
+    first, second = (run_point(run, 'a', 'twice', folder/name)[0] for name in ('one', 'two'))
     assert timeless(first) == timeless(second)
     assert len(first.curves['train']) == 4 and [p['step'] for p in first.curves['validation']] == [0, 2, 4]
 
@@ -25,9 +25,9 @@ def test_a_saved_adapter_loads_with_plain_peft_and_scores_the_same(folder):
     from lora_study.evaluation import token_scores
     from lora_study.model import load_base, load_tokenizer
     run = sealed(Run(**TINY))
-    rec = run_point(run, 'a', 'peft', folder)
+    rec, home = run_point(run, 'a', 'peft', folder)
     tokenizer = load_tokenizer(run)
-    model = PeftModel.from_pretrained(load_base(run, torch.device('cpu')), str(work_folder(folder, 'peft', 'a')/'adapter')).eval()
+    model = PeftModel.from_pretrained(load_base(run, torch.device('cpu')), str(home/'adapter')).eval()
     rows = token_scores(model, encode(load_splits(run).test, tokenizer, run.max_length)[0], tokenizer.pad_token_id)
     assert [r['nll'] for r in rows] == [s['nll'] for s in rec.scores['test']]
 
@@ -56,6 +56,9 @@ def test_a_study_ends_in_a_report_whose_numbers_and_links_hold(study_file):
     assert shown.returncode == 0 and f'{df.test_nll[0]:.3f}' in shown.stdout
     exported = cli('export', 'tiny')
     assert [json.loads(l)['run_id'] for l in exported.stdout.splitlines()] == df.run_id.tolist()
+    adapter = study_file.parent/'results/tiny/runs'/df.label[3]/'final/adapter'
+    judged = cli('evaluate', adapter, '--test-size', 8, '--generate-size', 2, '--max-new-tokens', 4)
+    assert judged.returncode == 0 and f'| {df.base_nll[3]:.3f} | {df.test_nll[3]:.3f} |' in judged.stdout, judged.stdout + judged.stderr
     asked = cli('runs', '--where', 'lora_r=4', '--where', 'seed=1')
     assert asked.stdout.splitlines()[-1] == '1 runs'
 
@@ -64,7 +67,7 @@ def test_what_failed_is_recorded_and_done_again(study_file):
     from lora_study import sweep
     study_file.write_text(STUDY.replace('[2, 4]', '[2]').replace('[0, 1]', '[0]'))
     study = read_study(study_file)
-    with patch.object(sweep, 'read_template', lambda path=None: broken(sweep_template(path))):
+    with patch.object(sweep, 'read_template', lambda path=None: broken(read_template(path))):
         assert list(sweep.sweep(study, 'results', say=lambda l: None).values()) == [False]
     db = tracker.open_db('results/study.db')
     row = tracker.frame(db, 'tiny').iloc[0]
@@ -77,11 +80,15 @@ def test_what_failed_is_recorded_and_done_again(study_file):
     assert (row.status, row.attempt) == ('done', 2)
     assert not (study_file.parent/'results/tiny/failed').exists() or not list((study_file.parent/'results/tiny/failed').iterdir())
 
-from lora_study.sweep import read_template as sweep_template
-
 def broken(nb): # the real template with a cell that fails half-way
     next(c for c in nb.cells if 'train(loop' in c.source).source = 'raise RuntimeError("planted")'
     return nb
+
+def test_a_study_may_generate_nothing(study_file):
+    study_file.write_text(STUDY.replace('[2, 4]', '[2]').replace('[0, 1]', '[0]').replace('generate_size: 2', 'generate_size: 0'))
+    done = cli('run', study_file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'exact match' not in (study_file.parent/'results/tiny/RESULTS.md').read_text().partition('The spread')[0]
 
 def test_a_run_that_diverges_is_data(study_file):
     study_file.write_text(STUDY.replace('[2, 4]', '[2]').replace('[0, 1]', '[0]') + 'learning_rate: 1e30\n')
@@ -96,9 +103,11 @@ def test_the_templates_parameters_are_runs_fields_with_their_defaults():
     found = {k: eval(v['default']) for k, v in inspect_notebook(str(ROOT/'nbs/50_point.ipynb')).items()}
     assert {k: v for k, v in found.items() if k not in HOW} == {k: f.default for k, f in Run.model_fields.items()}
 
-def test_ids_do_not_move_between_versions(): # a moved id would orphan every finished run
-    assert run_id(Run()) == 'df61b8a1fcc1'
-    assert run_id(Run(lora_r=16, seed=3, learning_rate=1e-4, base_hash='b', data_hash='d')) == 'PINNED2'
+def test_ids_do_not_move_between_versions(): # a moved id would orphan every finished run; a moved default would give an old id a new meaning
+    import hashlib
+    assert hashlib.sha256(json.dumps(Run().model_dump(), sort_keys=True).encode()).hexdigest()[:12] == 'c308d560de7f'
+    assert run_id(Run()) == 'b4b8bf78e9ad'
+    assert run_id(Run(lora_r=16, seed=3, learning_rate=1e-4, base_hash='b', data_hash='d')) == '9e8d60bd46f7'
 
 @pytest.mark.parametrize('name', ['quick', 'e2e_stories', 'alpaca_stories'])
 def test_the_studies_that_ship_expand(name, monkeypatch):
