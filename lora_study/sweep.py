@@ -58,6 +58,7 @@ class PointEngine(NBClientEngine):
     "Papermill's own engine, with honest failures and a private kernel connection"
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, execution_timeout=None, **kwargs):
+        nb_man.nb.metadata.papermill['input_path'] = '50_point.ipynb' # papermill would write the whole template here
         km = kernel_manager(kernel_name)
         try: PapermillNotebookClient(nb_man, km=km, kernel_name=kernel_name, timeout=execution_timeout, startup_timeout=start_timeout).execute(cleanup_kc=True)
         except BaseException: mark_failure(nb_man.nb); raise

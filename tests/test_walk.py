@@ -41,6 +41,8 @@ def test_a_study_ends_in_a_report_whose_numbers_and_links_hold(study_file):
     text = page.read_text()
     assert broken_links(page) == []
     assert text.count('.ipynb)') == 4
+    for point in page.parent.glob('points/*.ipynb'): # papermill stores a whole template as the path it came from
+        assert json.loads(point.read_text())['metadata']['papermill']['input_path'] == '50_point.ipynb'
     for r, g in df.groupby('lora_r'): assert f'{g.test_nll.mean():.3f} ± {g.test_nll.std():.3f}' in text
     for _, row in df.iterrows(): # stored per-example scores add up to what is reported
         for which in ('base', 'test'):
