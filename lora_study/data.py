@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['READERS', 'FORMATS', 'NAMES', 'read_jsonl', 'read_json', 'read_rows', 'from_alpaca', 'from_mr_text', 'recognise',
-           'is_text', 'pairs', 'Splits', 'hashed', 'cut', 'sampled', 'read_local', 'read_hub', 'load_splits', 'Example',
-           'encode', 'batch_at', 'collate']
+           'is_text', 'pairs', 'Splits', 'hashed', 'cut', 'sampled', 'read_local', 'read_hub', 'embedded_splits',
+           'load_splits', 'Example', 'encode', 'load_text', 'encode_text', 'batch_at', 'collate']
 
 # %% ../nbs/01_data.ipynb #398011a8
 import hashlib, json, random
@@ -163,15 +163,22 @@ def read_hub(run:Run) -> dict: # split → rows as read
                        f'go online, or save it first with `lora-study prepare-data` and name the file') from None
     return {s: got[n].to_list() for s, names in NAMES.items() for n in names if n in got}
 
+# %% ../nbs/01_data.ipynb #e5d1b7a0
+def embedded_splits(config:str|None, sizes:dict, seed:int) -> Splits: # sizes: split → rows, or None
+    "The embedded world's rows; facts to memorise are tested on what was trained"
+    if config == 'memorise':
+        facts = world.memory_facts(sizes['train'] or 400, seed)
+        return Splits(facts, facts[:sizes['validation']], facts[:sizes['test']], dict(rows_left_out=0, shared_prompts=len(facts), split='the training facts themselves'))
+    rows = {s: world.instruction_examples(s, sizes[s] or d, seed, config) for s, d in (('train', 1600), ('validation', 100), ('test', 300))}
+    return Splits(**rows, facts=dict(rows_left_out=0, shared_prompts=0, split='by construction'))
+
 # %% ../nbs/01_data.ipynb #489bbae3
 def load_splits(
     run:Run, # its dataset fields and sizes
 ) -> Splits:
     "The rows a run trains, validates and is tested on"
     sizes = dict(train=run.train_size, validation=run.validation_size, test=run.test_size)
-    if run.dataset_name == 'embedded':
-        rows = {s: world.instruction_examples(s, sizes[s] or d, run.split_seed) for s, d in (('train', 1600), ('validation', 100), ('test', 300))}
-        return Splits(**rows, facts=dict(rows_left_out=0, shared_prompts=0, split='by construction'))
+    if run.dataset_name == 'embedded': return embedded_splits(run.dataset_config, sizes, run.split_seed)
     path = local_path(run.dataset_name, 'dataset_name')
     read = {s: pairs(rows, run.dataset_format, f'{run.dataset_name} ({s})') for s, rows in (read_local(path) if path else read_hub(run)).items()}
     parts = {s: rows for s, (rows, _) in read.items()}
@@ -214,6 +221,23 @@ def encode(
         out.append(Example(r['prompt'], r['completion'], r['task'], ids[:max_length], len(p), len(kept.encode()), i))
     if not out: raise BadInput(f'max_length = {max_length}: every one of {len(rows)} rows loses its completion (shortest prompt: {min(map(len, prompts))} tokens): raise max_length')
     return out, dict(counts)
+
+# %% ../nbs/01_data.ipynb #b57f0322
+def load_text(run:Run) -> list[str]:
+    "The rows whose likelihood measures forgetting"
+    if run.forgetting_dataset_name == 'embedded': return world.held_out_text(run.forgetting_size)
+    path = local_path(run.forgetting_dataset_name, 'forgetting_dataset_name')
+    rows = [r for part in list(read_local(path).values())[:1] for r in part]
+    texts = [r['text'] for r in rows if is_text(r.get('text'))]
+    if not texts: raise BadInput(f'forgetting_dataset_name = {run.forgetting_dataset_name!r}: no row has a text: expected a text column, or a .txt file')
+    return sampled(texts, run.forgetting_size, run.split_seed)
+
+# %% ../nbs/01_data.ipynb #d04c29a8
+def encode_text(texts:list, tokenizer, max_length:int) -> list[Example]:
+    "Texts as examples without a prompt"
+    start = tokenizer('').input_ids[:1] or [tokenizer.eos_token_id]
+    ids = [start + t[:max_length-1] for t in tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids]
+    return [Example('', tokenizer.decode(i[1:]), '', i, 1, len(tokenizer.decode(i[1:]).encode()), k) for k, i in enumerate(ids) if len(i) > 1]
 
 # %% ../nbs/01_data.ipynb #1d198eff
 def batch_at(

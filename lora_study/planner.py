@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from .config import BadInput, Run, Study, expand, local_path
-from .data import encode, load_splits
+from .data import encode, load_splits, load_text
 from .lora import check_targets
 from .model import load_tokenizer, pick_device, refused, source
 
@@ -56,12 +56,13 @@ def preflight(study:Study, device:str='auto') -> list: # warnings, one line each
         facts = loaded.facts
         if facts['shared_prompts']: notes.append(f"{r.dataset_name}: {facts['shared_prompts']} prompts stand in train and in test")
         if facts['rows_left_out']: notes.append(f"{r.dataset_name}: {facts['rows_left_out']} rows without a usable prompt or completion are left out")
+    for r in each([r for r in runs if r.forgetting_dataset_name], 'forgetting_dataset_name'): load_text(r)
     for b in each(runs, *BASE_FIELDS):
         tokenizer, model = load_tokenizer(b), skeleton(b)
         check_weights(local_path(b.model_name_or_path), b.model_name_or_path)
         room, mine = getattr(model.config, 'max_position_embeddings', None), [r for r in runs if all(getattr(r, f) == getattr(b, f) for f in BASE_FIELDS)]
         for r in each(mine, 'max_length', *DATA_FIELDS): encode(splits[str([getattr(r, f) for f in DATA_FIELDS])].test[:300], tokenizer, r.max_length)
         for r in mine:
-            check_targets(r.lora_target_modules, model)
+            if r.use_peft: check_targets(r.lora_target_modules, model)
             if room and r.max_length > room: raise BadInput(f'max_length = {r.max_length}: the base has {room} positions: lower it')
     return notes

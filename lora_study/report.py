@@ -62,8 +62,8 @@ def spread(mean, sd, name:str) -> str: # '0.51 ± 0.02', without the ± where th
     return f"{number} ± {amount(sd, name) if scale == 1 else f'{sd/scale:,.1f}'}{space}{unit}"
 
 # %% ../nbs/14_report.ipynb #34491aa8
-QUALITY = ('nll', 'perplexity', 'bits_per_byte', 'token_accuracy', 'exact_match', 'n_examples', 'n_tokens', 'n_generated')
-LABELS = dict(nll='NLL (nats a completion token)', perplexity='perplexity', bits_per_byte='bits per byte', token_accuracy='token accuracy', exact_match='exact match',
+QUALITY = ('nll', 'perplexity', 'bits_per_byte', 'token_accuracy', 'exact_match', 'source_nll', 'n_examples', 'n_tokens', 'n_generated')
+LABELS = dict(nll='NLL (nats a completion token)', perplexity='perplexity', bits_per_byte='bits per byte', token_accuracy='token accuracy', exact_match='exact match', source_nll='NLL of the text known before',
               n_examples='examples scored', n_tokens='tokens scored', n_generated='answers generated')
 
 # %% ../nbs/14_report.ipynb #218af7e5
@@ -74,7 +74,7 @@ def quality_table(metrics:dict) -> str:
 
 # %% ../nbs/14_report.ipynb #ea791d20
 COSTS = dict(trainable_params='trainable parameters', total_params='parameters in all', step_s='a training step (probe)', tok_s='tokens a second (probe)', train_steps='optimizer steps',
-             train_s='seconds of training alone', validation_s='seconds of validation', base_eval_s='seconds evaluating the base', test_eval_s='seconds evaluating the adapter', adapter_bytes='adapter on disk')
+             base_weight_bytes="the base's weights", train_s='seconds of training alone', validation_s='seconds of validation', base_eval_s='seconds evaluating the base', test_eval_s='seconds evaluating the adapter', adapter_bytes='what was trained, on disk')
 
 # %% ../nbs/14_report.ipynb #fbd266af
 def cost_table(metrics:dict) -> str:
@@ -87,7 +87,7 @@ def cost_table(metrics:dict) -> str:
     return md_table(rows)
 
 # %% ../nbs/14_report.ipynb #588f9912
-SHOWN = dict(test_nll='NLL', test_bits_per_byte='bits/byte', test_exact_match='exact match', trainable_params='trainable', step_s='a step', tok_s='tokens/s', train_s='training s')
+SHOWN = dict(test_nll='NLL', test_bits_per_byte='bits/byte', test_exact_match='exact match', test_source_nll='NLL, known text', trainable_params='trainable', step_s='a step', tok_s='tokens/s', train_s='training s')
 
 # %% ../nbs/14_report.ipynb #a46badac
 def peak_column(df:pd.DataFrame) -> str | None:
@@ -96,7 +96,7 @@ def peak_column(df:pd.DataFrame) -> str | None:
 
 # %% ../nbs/14_report.ipynb #a4add9c0
 BASE_DEPENDS = ('model_name_or_path', 'model_revision', 'dtype', 'dataset_name', 'dataset_config', 'dataset_revision', 'dataset_format', 'split_seed', 'test_size', 'max_length',
-                'generate_size', 'max_new_tokens') # fields the untouched base's numbers depend on
+                'generate_size', 'max_new_tokens', 'load_in_8bit', 'load_in_4bit', 'bnb_4bit_quant_type', 'bnb_4bit_use_double_quant', 'forgetting_dataset_name', 'forgetting_size') # fields the untouched base's numbers depend on
 
 # %% ../nbs/14_report.ipynb #19ca1444
 def setting_cells(values:dict, by:list) -> dict: # column → text

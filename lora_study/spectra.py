@@ -7,6 +7,7 @@ __all__ = ['singular_values', 'entropy_rank', 'adapter_spectra']
 
 # %% ../nbs/06_spectra.ipynb #4c971954
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 # %% ../nbs/06_spectra.ipynb #7f874ae0
@@ -36,6 +37,6 @@ def adapter_spectra(model:nn.Module) -> list[dict]: # module, norm, relative_nor
         for key in getattr(m, 'lora_A', {}):
             s = singular_values(m.lora_A[key].weight.cpu(), m.lora_B[key].weight.cpu(), m.scaling[key])
             norm = s.norm().item()
-            out.append(dict(module=name.removeprefix('base_model.model.'), norm=norm, relative_norm=norm/m.get_base_layer().weight.float().norm().item(),
+            out.append(dict(module=name.removeprefix('base_model.model.'), norm=norm, relative_norm=norm/dequantize_module_weight(m.get_base_layer()).float().norm().item(),
                             entropy_rank=entropy_rank(s), rank=m.r[key]))
     return out

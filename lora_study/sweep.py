@@ -22,6 +22,7 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import LocalHandler, papermill_io
 from . import tracker
 from .config import BadInput, Run, Study, expand, label, run_id, varied
+from .warm import warmed
 
 # %% ../nbs/10_sweep.ipynb #0416f06a
 HOW = {'work_dir', 'checkpoint_dir', 'device', 'save_steps'} # parameters that are not part of a Run
@@ -49,7 +50,7 @@ def mark_failure(nb:nbformat.NotebookNode):
 # %% ../nbs/10_sweep.ipynb #4aa44c14
 def kernel_manager(kernel_name:str) -> AsyncKernelManager:
     "A manager whose kernel listens on socket files where the system has them"
-    km = AsyncKernelManager(kernel_name=kernel_name)
+    km = warmed(AsyncKernelManager(kernel_name=kernel_name))
     if os.name == 'posix': km.transport, km.ip = 'ipc', str(Path(tempfile.mkdtemp(prefix='lora-'))/'k')
     return km
 
