@@ -77,6 +77,7 @@ class Run(BaseModel):
     base_hash: str = ''                   # content of the base; filled in when a study is read
     data_hash: str = ''                   # content of the dataset; filled in when a study is read
     forgetting_hash: str = ''             # content of the forgetting text; filled in when a study is read
+    def __hash__(self): return hash(canonical(self)) # a list of modules has no hash of its own
 
 # %% ../nbs/00_config.ipynb #e81db6f6
 HASHES = dict(model_name_or_path='base_hash', dataset_name='data_hash', forgetting_dataset_name='forgetting_hash') # name → the hash that stands for it

@@ -16,7 +16,7 @@ from .tracker import settings
 INK, SOFT, LINE = '#1f4e79', '#c0504d', '#999999'
 COLOURS = (INK, '#e08214', '#35978f', '#8073ac', '#b2182b', '#666666')
 NAMES = dict(test_nll='held-out NLL (nats a token)', test_exact_match='exact match', test_bits_per_byte='bits per byte', lora_r='rank r', lora_alpha='alpha',
-             learning_rate='learning rate', test_source_nll='NLL of the text known before', forgetting='rise of NLL on the text known before', trainable_params='trainable parameters', train_s='training time (s)', step_s='time of a step (s)')
+             learning_rate='learning rate', test_source_nll='NLL of the text known before', forgetting='rise of NLL on the text known before', trainable_params='trainable parameters', train_s='training time', step_s='time of a step')
 
 # %% ../nbs/13_plots.ipynb #b0b767c2
 def canvas(xlabel:str, ylabel:str, size=(6, 3.6)) -> tuple: # figure, axes
@@ -92,7 +92,7 @@ def quality_cost(
     ax.errorbar(mean[cost], mean[metric], xerr=sd[cost], yerr=sd[metric], fmt='o', color=INK, ecolor=LINE, capsize=2)
     for k, (name, row) in enumerate(mean.sort_values(metric).iterrows()):
         ax.annotate(name, (row[cost], row[metric]), xytext=(7, 6 if k % 2 else -12), textcoords='offset points', fontsize=8)
-    ax.xaxis.set_major_formatter(EngFormatter()); ax.margins(x=.18, y=.15)
+    ax.xaxis.set_major_formatter(EngFormatter(unit='s' if cost.endswith('_s') else '')); ax.margins(x=.18, y=.15)
     return fig
 
 # %% ../nbs/13_plots.ipynb #1d69d2ae

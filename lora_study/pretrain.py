@@ -125,7 +125,7 @@ def save_base(model, tokenizer, folder, card:str):
 # %% ../nbs/21_pretrain.ipynb #f889a709
 def build_base(
     folder,        # where to write it
-    steps:int=4000, # optimizer steps
+    steps:int=3000, # optimizer steps
 ) -> list: # the loss curve
     "Pretrains the embedded base and writes it with its card"
     start, tokenizer = time.perf_counter(), train_tokenizer()

@@ -50,7 +50,7 @@ def amount(
     if name.endswith('_bytes'):
         return f'{v/2**20:,.1f} MiB' if v >= 2**20 else f'{v/1024:,.1f} kiB'
     if name == 'step_s': return f'{v*1000:,.1f} ms'
-    if name.endswith(('_params', 'tok_s')) or name.startswith('n_'): return f'{v:,.0f}'
+    if name.endswith(('_params', '_steps', 'tok_s')) or name.startswith('n_'): return f'{v:,.0f}'
     return f'{v:,.3f}' if abs(v) < 100 else f'{v:,.1f}'
 
 # %% ../nbs/14_report.ipynb #9d6bf4ad

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PEOPLE', 'PLACES', 'TRADES', 'PETS', 'GOODS', 'COLOURS', 'DAYS', 'VERBS', 'KEYS', 'JOINS', 'EQUALS', 'WRITERS',
            'TASKS', 'MAX_LEVEL', 'CODE_WORDS', 'BITS_PER_FACT', 'valley', 'write_fact', 'write_card', 'write_count',
-           'write_stock', 'write_order', 'write_title', 'write_echo', 'write_day', 'write_price', 'pretraining_text',
-           'shuffled_words', 'ask_sort', 'ask_filter', 'ask_lookup', 'ask_describe', 'ask_day', 'ask_reverse',
-           'ask_convert', 'read_config', 'split_of', 'instruction_examples', 'memory_facts', 'held_out_text', 'digest']
+           'write_stock', 'write_order', 'write_title', 'write_echo', 'write_day', 'write_price', 'write_place',
+           'write_call', 'pretraining_text', 'shuffled_words', 'ask_sort', 'ask_filter', 'ask_lookup', 'ask_describe',
+           'ask_day', 'ask_reverse', 'ask_convert', 'read_config', 'split_of', 'instruction_examples', 'memory_facts',
+           'held_out_text', 'digest']
 
 # %% ../nbs/20_world.ipynb #021ad1da
 import hashlib, itertools, json, math, random
@@ -103,9 +104,10 @@ def write_echo(rng, facts) -> str:
 # %% ../nbs/20_world.ipynb #355c2a87
 def write_day(rng, facts) -> str:
     "The order of the days"
-    i, k = rng.randrange(7), rng.randint(1, 9)
+    i, k, p = rng.randrange(7), rng.randint(1, 24), rng.choice(PEOPLE)
     return rng.choice([f'After {DAYS[i]} comes {DAYS[(i+1)%7]}.', f'Before {DAYS[(i+1)%7]} comes {DAYS[i]}.',
                        f'It is {DAYS[i]}. In {k} days it is {DAYS[(i+k) % 7]}.', f'It is {DAYS[i]}. It was {DAYS[(i-k) % 7]} {k} days ago.',
+                       f'{p} came on {DAYS[i]}. {k} days later it was {DAYS[(i+k) % 7]}.', f'{p} came on {DAYS[i]}. {k} days earlier it was {DAYS[(i-k) % 7]}.',
                        ' then '.join(DAYS[(i+j) % 7] for j in range(4)) + '.'])
 
 # %% ../nbs/20_world.ipynb #31e2b477
@@ -114,8 +116,29 @@ def write_price(rng, facts) -> str:
     goods, each, n = rng.choice(GOODS), rng.randint(2, 12), rng.randint(2, 12)
     return f'Of the {goods} each costs {each} coins. {n} {goods} cost {n*each} coins.'
 
+# %% ../nbs/20_world.ipynb #329ef044
+def write_place(rng, facts) -> str:
+    "What stands above what, said both ways; which number is more"
+    high, low = rng.sample(GOODS, 2)
+    a, b = rng.sample(range(1, 41), 2)
+    p, home, pet, colour = rng.choice(PEOPLE), rng.choice(PLACES), rng.choice(PETS), rng.choice(COLOURS)
+    return rng.choice([
+        f'The {high} from {home} hang high above the {low}. So the {low} hang low, below the {high}.', f'{max(a, b)} is above {min(a, b)}, and {min(a, b)} is below {max(a, b)}.',
+        f'What {p} owns is one {pet} and {a} {high}. So {p} owns {a} {high}.', f'From a to z, {p} knows the {high} of {home}, and what {colour} {low} cost.',
+        f'{p} likes {colour} and owns one {pet}. The {pet} runs around {home}.', f'One {pet} runs from {home}, around the {high}, from high ground to low ground.'])
+
+# %% ../nbs/20_world.ipynb #5feff172
+def write_call(rng, facts) -> str:
+    "Somebody calls something; somebody else says what was called"
+    p, q = rng.sample(PEOPLE, 2)
+    goods, pet, place, n = rng.choice(GOODS), rng.choice(PETS), rng.choice(PLACES), rng.randint(1, 40)
+    call = rng.choice([f'Keep the {pet}', f'Turn the {goods} around', f'Sort the {goods}', f'Describe {place}', f'Answer {q}', f'Number {n} is mine', f'Day {n} was long',
+                       f'Crates from {place}', f'The crates are from {place}', f'Code {n} is old', f'Keep what is from {place}', f'Turn around at {place}', f'Number the {goods} from a to z'])
+    return f'{p} calls: {call}. What does {p} call? {call}.'
+
 # %% ../nbs/20_world.ipynb #f6c44355
-WRITERS = (write_fact, write_card, write_card, write_count, write_stock, write_stock, write_order, write_order, write_title, write_echo, write_echo, write_day, write_price)
+WRITERS = (write_fact, write_card, write_card, write_count, write_stock, write_stock, write_order, write_order, write_title, write_echo, write_echo, write_day, write_price,
+           write_place, write_call)
 
 # %% ../nbs/20_world.ipynb #05fa4bd4
 def pretraining_text(
@@ -222,7 +245,7 @@ def instruction_examples(
     while len(out) < n:
         task = rng.choice(tasks)
         instruction, given, answer = TASKS[task](rng, levels[task])
-        prompt = f'### {instruction}: {given}\n### Answer:'
+        prompt = f'### {given}\n### {instruction}\n### Answer:'
         tries += 1
         if tries > 50*n + 1000: raise ValueError(f'{len(out)} distinct {split} examples of {list(tasks)} exist, n = {n} were asked for: lower n')
         if prompt in seen or split_of(prompt) != split: continue
@@ -243,7 +266,7 @@ def memory_facts(
     keys, rng = list(itertools.product(PEOPLE, COLOURS, GOODS)), random.Random(f'M{seed}')
     if n > len(keys): raise ValueError(f'{len(keys)} facts exist, n = {n} were asked for: lower n')
     rng.shuffle(keys)
-    return [dict(task='memorise', prompt=f"### Code of {' '.join(k)}\n### Answer:", completion=' ' + ' '.join(rng.choices(GOODS, k=CODE_WORDS))) for k in keys[:n]]
+    return [dict(task='memorise', prompt=f"### {' '.join(k)}\n### Code\n### Answer:", completion=' ' + ' '.join(rng.choices(GOODS, k=CODE_WORDS))) for k in keys[:n]]
 
 # %% ../nbs/20_world.ipynb #2ff7d406
 def held_out_text(n:int=200) -> list[str]:
