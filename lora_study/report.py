@@ -180,6 +180,6 @@ def write_report(
     df = df[df.run_id.isin(ids)].reset_index(drop=True)
     done = df[df.status == 'done']
     figures = save_figures(done, varied(study), folder/'plots') if len(done) else []
-    tracker.write_whole(folder/'records.jsonl', tracker.export_study(db, study.name))
+    tracker.write_whole(folder/'records.jsonl', tracker.export_study(db, study.name, ids))
     tracker.write_whole(folder/'RESULTS.md', study_page(study, df, figures))
     return folder/'RESULTS.md'

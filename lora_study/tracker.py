@@ -262,10 +262,14 @@ def over_seeds(
     return pd.DataFrame(rows)
 
 # %% ../nbs/07_tracker.ipynb #891464fa
-def export_study(db, study:str) -> str: # JSON lines, one a run, keys in a fixed order
+def export_study(
+    db, study:str,
+    ids=None, # of the runs wanted; None: also those an earlier version of the study asked for
+) -> str: # JSON lines, one a run, keys in a fixed order
     "A study's finished and failed runs as text"
     out = []
     for r in db.execute("select * from runs where study=? and status in ('done', 'failed') order by rowid", (study,)).fetchall():
+        if ids is not None and r['run_id'] not in ids: continue
         d = {k: r[k] for k in ('study', 'run_id', 'label', 'status', 'attempt', 'started', 'ended', 'error_kind', 'error_message', 'notebook')}
         d |= {k: json.loads(r[k] or 'null') for k in ('config', 'provenance', 'adapter', 'warnings')}
         d['metrics'] = [tuple(m) for m in db.execute('select name, step, value from metrics where study=? and run_id=? order by name, step', (study, r['run_id']))]

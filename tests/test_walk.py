@@ -63,6 +63,8 @@ def test_a_study_ends_in_a_report_whose_numbers_and_links_hold(study_file):
     assert judged.returncode == 0 and f'| {df.base_nll[3]:.3f} | {df.test_nll[3]:.3f} |' in judged.stdout, judged.stdout + judged.stderr
     asked = cli('runs', '--where', 'lora_r=4', '--where', 'seed=1')
     assert asked.stdout.splitlines()[-1] == '1 runs'
+    assert cli('report', study_file, '--set', 'axes={lora_r: [2]}').returncode == 0 # what a study no longer asks for leaves its page and its records
+    assert page.read_text().count('.ipynb)') == (page.parent/'records.jsonl').read_text().count('\n') == 2
 
 def test_what_failed_is_recorded_and_done_again(study_file):
     from unittest.mock import patch
