@@ -245,6 +245,7 @@ def init(out:Annotated[Path, typer.Argument(help='The study file to write.')]=Pa
 # %% ../nbs/15_cli.ipynb #6903518b
 def main():
     "The console script"
+    os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error') # its warnings are not for whoever runs a study
     app(prog_name='lora-study')
 
 # %% ../nbs/15_cli.ipynb #cfa1b3a8
