@@ -227,7 +227,7 @@ def load_text(run:Run) -> list[str]:
     "The rows whose likelihood measures forgetting"
     if run.forgetting_dataset_name == 'embedded': return world.held_out_text(run.forgetting_size)
     path = local_path(run.forgetting_dataset_name, 'forgetting_dataset_name')
-    rows = [r for part in list(read_local(path).values())[:1] for r in part]
+    rows = next(iter(read_local(path).values()))
     texts = [r['text'] for r in rows if is_text(r.get('text'))]
     if not texts: raise BadInput(f'forgetting_dataset_name = {run.forgetting_dataset_name!r}: no row has a text: expected a text column, or a .txt file')
     return sampled(texts, run.forgetting_size, run.split_seed)

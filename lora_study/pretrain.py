@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
-from .world import instruction_examples, pretraining_text, shuffled_words
+from .world import held_out_text, instruction_examples, pretraining_text, shuffled_words
 
 # %% ../nbs/21_pretrain.ipynb #7bc8f107
 VOCAB_SIZE = 1024
@@ -130,7 +130,7 @@ def build_base(
     "Pretrains the embedded base and writes it with its card"
     start, tokenizer = time.perf_counter(), train_tokenizer()
     model, curve = pretrain(tokenizer, steps)
-    held_out = list(islice(pretraining_text(10**6), 500))
+    held_out = held_out_text(500)
     asked = [e['prompt'] + e['completion'] for e in instruction_examples('test', 500)]
     card = CARD.format(parameters=model.num_parameters(), tokens=steps*64*64, steps=steps, minutes=(time.perf_counter()-start)/60,
                        threads=torch.get_num_threads(), torch=torch.__version__.split('+')[0],
