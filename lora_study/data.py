@@ -178,7 +178,9 @@ def load_splits(
 ) -> Splits:
     "The rows a run trains, validates and is tested on"
     sizes = dict(train=run.train_size, validation=run.validation_size, test=run.test_size)
-    if run.dataset_name == 'embedded': return embedded_splits(run.dataset_config, sizes, run.split_seed)
+    if run.dataset_name == 'embedded':
+        try: return embedded_splits(run.dataset_config, sizes, run.split_seed)
+        except ValueError as e: raise BadInput(f'dataset_config = {run.dataset_config!r}: {e}') from None # more rows asked for than there are
     path = local_path(run.dataset_name, 'dataset_name')
     read = {s: pairs(rows, run.dataset_format, f'{run.dataset_name} ({s})') for s, rows in (read_local(path) if path else read_hub(run)).items()}
     parts = {s: rows for s, (rows, _) in read.items()}

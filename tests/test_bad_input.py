@@ -13,6 +13,7 @@ BAD = {
     'hub data offline':   (STUDY + 'dataset_name: no-such-owner/no-such-data\n', ["dataset_name = 'no-such-owner/no-such-data'", 'go online']),
     'missing target':     (STUDY + 'lora_target_modules: [q_proj, c_attn]\n', ["['c_attn'] not in the base", 'q_proj']),
     'too long':           (STUDY + 'max_length: 4096\n', ['max_length = 4096', '256 positions']),
+    'too few facts':      ('dataset_config: memorise\ntrain_size: 9999\naxes:\n  lora_r: [2]\n', ["dataset_config = 'memorise'", '2496 facts exist, n = 9999']),
     'too many runs':      (STUDY + 'max_runs: 3\n', ['4 runs', 'max_runs = 3']),
 }
 
