@@ -27,8 +27,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     tok.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=[PAD, BOS, EOS], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    texts = [*islice(pretraining_text(0), 20_000), *(e['prompt'] + e['completion'] for e in instruction_examples('train', 4000))]
-    tok.train_from_iterator(texts, trainer)
+    tok.train_from_iterator(islice(pretraining_text(0), 20_000), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=256)
 
 # %% ../nbs/21_pretrain.ipynb #1a2f0d3b
@@ -40,7 +39,7 @@ def base_config() -> LlamaConfig:
 # %% ../nbs/21_pretrain.ipynb #198546d1
 def windows(
     tokenizer,
-    length:int=64,  # tokens in a window
+    length:int=128, # tokens in a window
     seed:int=0,     # of the text
 ): # yields lists of `length` token ids, without end
     "The pretraining stream cut into windows"
@@ -64,7 +63,7 @@ def optimizers(model, learning_rate:float, steps:int) -> list: # (optimizer, sch
 def pretrain(
     tokenizer,
     steps:int,                # optimizer steps
-    batch:int=64,             # windows a step
+    batch:int=32,             # windows a step
     learning_rate:float=4e-3, # the cosine's peak
     seed:int=0,               # of the initialisation and the text
     log_every:int=50,         # steps between two readings of the loss
@@ -109,7 +108,7 @@ No text from anywhere else went into it. It knows a small invented valley and no
 | the same, words shuffled | {nll_shuffled:.3f} |
 | B's prompts and answers, never read | {nll_b:.3f} |
 
-Training: {steps} steps of 64 windows of 64 tokens, Muon and AdamW, peak learning rate 4e-3, seed 0, float32, {minutes:.0f} minutes on {threads} threads, torch {torch}.
+Training: {steps} steps of 32 windows of 128 tokens, Muon and AdamW, peak learning rate 4e-3, seed 0, float32, {minutes:.0f} minutes on {threads} threads, torch {torch}.
 Rebuilding with the same thread count and torch version gives the same bits; elsewhere, sums in another order give another, equally good base.
 Licence: that of lora_study (Apache-2.0).
 """
@@ -132,7 +131,7 @@ def build_base(
     model, curve = pretrain(tokenizer, steps)
     held_out = held_out_text(500)
     asked = [e['prompt'] + e['completion'] for e in instruction_examples('test', 500)]
-    card = CARD.format(parameters=model.num_parameters(), tokens=steps*64*64, steps=steps, minutes=(time.perf_counter()-start)/60,
+    card = CARD.format(parameters=model.num_parameters(), tokens=steps*32*128, steps=steps, minutes=(time.perf_counter()-start)/60,
                        threads=torch.get_num_threads(), torch=torch.__version__.split('+')[0],
                        nll_a=nats_per_token(model, tokenizer, held_out), nll_b=nats_per_token(model, tokenizer, asked),
                        nll_shuffled=nats_per_token(model, tokenizer, [shuffled_words(t) for t in held_out]))

@@ -7,7 +7,7 @@ __all__ = ['PEOPLE', 'PLACES', 'TRADES', 'PETS', 'GOODS', 'COLOURS', 'DAYS', 'VE
            'TASKS', 'MAX_LEVEL', 'CODE_WORDS', 'BITS_PER_FACT', 'valley', 'write_fact', 'write_card', 'write_count',
            'write_stock', 'write_order', 'write_title', 'write_echo', 'write_day', 'write_price', 'write_place',
            'write_call', 'pretraining_text', 'shuffled_words', 'ask_sort', 'ask_filter', 'ask_lookup', 'ask_describe',
-           'ask_day', 'ask_reverse', 'ask_convert', 'read_config', 'split_of', 'instruction_examples', 'memory_facts',
+           'ask_day', 'ask_reverse', 'ask_price', 'read_config', 'split_of', 'instruction_examples', 'memory_facts',
            'held_out_text', 'digest']
 
 # %% ../nbs/20_world.ipynb #021ad1da
@@ -67,12 +67,13 @@ def write_count(rng, facts) -> str:
 
 # %% ../nbs/20_world.ipynb #0dc2e179
 def write_stock(rng, facts) -> str:
-    "A stock list, then some of its lines again"
+    "A stock list, then its lines again in another order, as they stood or in words"
     rows = [(g, rng.randint(1, 40)) for g in rng.sample(GOODS, rng.randint(2, 5))]
-    again = rng.sample(rows, 2)
-    if rng.random() < .5: listed = 'there are ' + ' and '.join(f'{n} {g}' for g, n in rows) + '. '
-    else: listed = 'they count: ' + rng.choice(JOINS).join(f'{g}{equals}{n}' for equals in [rng.choice(EQUALS)] for g, n in rows) + rng.choice(('. ', '\n'))
-    return f'In {rng.choice(PLACES)} ' + listed + ' '.join(f'So the {g} are {n}.' for g, n in again)
+    equals, join = rng.choice(EQUALS), rng.choice(JOINS)
+    once = join.join(f'{g}{equals}{n}' for g, n in rows)
+    again = rng.sample(rows, len(rows))
+    said = join.join(f'{g}{equals}{n}' for g, n in again) if rng.random() < .5 else ' '.join(f'So the {g} are {n}.' for g, n in again)
+    return f'In {rng.choice(PLACES)} they count: {once}' + rng.choice(('. ', '\n')) + said
 
 # %% ../nbs/20_world.ipynb #af1fa4b7
 def write_order(rng, facts) -> str:
@@ -103,18 +104,19 @@ def write_echo(rng, facts) -> str:
 
 # %% ../nbs/20_world.ipynb #355c2a87
 def write_day(rng, facts) -> str:
-    "The order of the days"
-    i, k, p = rng.randrange(7), rng.randint(1, 24), rng.choice(PEOPLE)
-    return rng.choice([f'After {DAYS[i]} comes {DAYS[(i+1)%7]}.', f'Before {DAYS[(i+1)%7]} comes {DAYS[i]}.',
-                       f'It is {DAYS[i]}. In {k} days it is {DAYS[(i+k) % 7]}.', f'It is {DAYS[i]}. It was {DAYS[(i-k) % 7]} {k} days ago.',
-                       f'{p} came on {DAYS[i]}. {k} days later it was {DAYS[(i+k) % 7]}.', f'{p} came on {DAYS[i]}. {k} days earlier it was {DAYS[(i-k) % 7]}.',
-                       ' then '.join(DAYS[(i+j) % 7] for j in range(4)) + '.'])
+    "The order of the days, forwards and backwards"
+    i, k, way = rng.randrange(7), rng.randint(2, 7), rng.choice((1, -1))
+    days = [DAYS[(i + way*j) % 7] for j in range(k)]
+    if k == 2: return f'After {days[0]} comes {days[1]}.' if way > 0 else f'Before {days[0]} comes {days[1]}.'
+    if rng.random() < .5: return f"{rng.choice(PEOPLE)} calls the days {'later' if way > 0 else 'earlier'} and {'later' if way > 0 else 'earlier'}: {rng.choice((' ', ', ', ' then ')).join(days)}."
+    return f"{rng.choice(PEOPLE)} came on {days[0]}. Count {k-1} days {'later' if way > 0 else 'earlier'}: {', '.join(days[1:])}. It was {days[-1]}."
 
 # %% ../nbs/20_world.ipynb #31e2b477
 def write_price(rng, facts) -> str:
     "One thing's price, and several things'"
     goods, each, n = rng.choice(GOODS), rng.randint(2, 12), rng.randint(2, 12)
-    return f'Of the {goods} each costs {each} coins. {n} {goods} cost {n*each} coins.'
+    return rng.choice([f'Of the {goods} each costs {each} coins. {n} {goods} cost {n*each} coins.', f'{goods} at {each} coins each: {n} {goods} cost {n*each} coins.',
+                       f'{n} times {each} is {n*each}.', f'{rng.choice(PEOPLE)} keeps {n} crates of {each} {goods}, {n*each} {goods} in all.'])
 
 # %% ../nbs/20_world.ipynb #329ef044
 def write_place(rng, facts) -> str:
@@ -132,12 +134,12 @@ def write_call(rng, facts) -> str:
     "Somebody calls something; somebody else says what was called"
     p, q = rng.sample(PEOPLE, 2)
     goods, pet, place, n = rng.choice(GOODS), rng.choice(PETS), rng.choice(PLACES), rng.randint(1, 40)
-    call = rng.choice([f'Keep the {pet}', f'Turn the {goods} around', f'Sort the {goods}', f'Describe {place}', f'Answer {q}', f'Number {n} is mine', f'Day {n} was long',
+    call = rng.choice([f'Keep the {pet}', f'Turn the {goods} around', f'Sort the {goods}', f'Describe {place}', f'Answer {q}', f'Price the {goods}', f'Number {n} is mine', f'Days 1 to {n} were long',
                        f'Crates from {place}', f'The crates are from {place}', f'Code {n} is old', f'Keep what is from {place}', f'Turn around at {place}', f'Number the {goods} from a to z'])
     return f'{p} calls: {call}. What does {p} call? {call}.'
 
 # %% ../nbs/20_world.ipynb #f6c44355
-WRITERS = (write_fact, write_card, write_card, write_count, write_stock, write_stock, write_order, write_order, write_title, write_echo, write_echo, write_day, write_price,
+WRITERS = (write_fact, write_card, write_card, write_count, write_stock, write_stock, write_order, write_order, write_title, write_echo, write_echo, write_day, write_price, write_price,
            write_place, write_call)
 
 # %% ../nbs/20_world.ipynb #05fa4bd4
@@ -174,10 +176,10 @@ def ask_filter(rng, level:int=0) -> tuple:
 
 # %% ../nbs/20_world.ipynb #7fdbebd5
 def ask_lookup(rng, level:int=0) -> tuple:
-    "Read one cell of a given table"
+    "Read one line of a given table"
     rows = [(g, rng.randint(1, 40)) for g in rng.sample(GOODS, rng.randint(3, 5) + level)]
     goods, n = rng.choice(rows)
-    return f'Number of {goods}', ' | '.join(f'{g} = {k}' for g, k in rows), str(n)
+    return f'Number of {goods}', ' | '.join(f'{g} = {k}' for g, k in rows), f'{goods} = {n}'
 
 # %% ../nbs/20_world.ipynb #0ec6f1ca
 def ask_describe(rng, level:int=0) -> tuple:
@@ -191,9 +193,9 @@ def ask_describe(rng, level:int=0) -> tuple:
 
 # %% ../nbs/20_world.ipynb #4a582934
 def ask_day(rng, level:int=0) -> tuple:
-    "Day arithmetic"
-    i, k, back = rng.randrange(7), rng.randint(1, 24*(level+1)), rng.random() < .5
-    return f"Day {k} {'earlier' if back else 'later'}", DAYS[i], DAYS[(i - k if back else i + k) % 7]
+    "The days that pass, counted out"
+    i, k, way = rng.randrange(7), rng.randint(1, 4 + level), rng.choice((1, -1))
+    return f"{k} days {'later' if way > 0 else 'earlier'}", f'{rng.choice(PEOPLE)} came on {DAYS[i]}', ' '.join(DAYS[(i + way*j) % 7] for j in range(1, k+1))
 
 # %% ../nbs/20_world.ipynb #9e560540
 def ask_reverse(rng, level:int=0) -> tuple:
@@ -202,13 +204,13 @@ def ask_reverse(rng, level:int=0) -> tuple:
     return 'Turn around', ' '.join(words), ' '.join(words[::-1])
 
 # %% ../nbs/20_world.ipynb #7ad94ba7
-def ask_convert(rng, level:int=0) -> tuple:
-    "Small products: so many crates of so many things"
+def ask_price(rng, level:int=0) -> tuple:
+    "Small products: so many things at so much each"
     each, n, goods = rng.randint(2, 12 + 4*level), rng.randint(2, 12 + 4*level), rng.choice(GOODS)
-    return f'Crates of {each} {goods}', f'{n} crates', f'{each*n} {goods}'
+    return f'Price of {n} {goods}', f'{goods} = {each} coins each', f'{n*each} coins'
 
 # %% ../nbs/20_world.ipynb #84b9d3c3
-TASKS = dict(sort=ask_sort, filter=ask_filter, lookup=ask_lookup, describe=ask_describe, day=ask_day, reverse=ask_reverse, convert=ask_convert)
+TASKS = dict(sort=ask_sort, filter=ask_filter, lookup=ask_lookup, describe=ask_describe, day=ask_day, reverse=ask_reverse, price=ask_price)
 
 # %% ../nbs/20_world.ipynb #4251efbd
 MAX_LEVEL = 8
