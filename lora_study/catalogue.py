@@ -87,7 +87,7 @@ def from_guanaco(row:dict) -> dict:
 # %% ../nbs/18_catalogue.ipynb #5695b3f9
 def from_text(row:dict) -> dict:
     "`text` alone"
-    return dict(prompt='', completion=row['text'])
+    return dict(prompt='', completion=row['text'], turns=[(row['text'], True)])
 
 # %% ../nbs/18_catalogue.ipynb #58126581
 def from_mr_text(row:dict) -> dict:
