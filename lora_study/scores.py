@@ -13,12 +13,12 @@ from decimal import Decimal, InvalidOperation
 from functools import cache
 from .catalogue import NO_ANSWER
 
-# %% ../nbs/19_scores.ipynb #a7edb919
+# %% ../nbs/19_scores.ipynb #c288328b
 @cache
 def sacre() -> tuple: # corpus BLEU, sentence BLEU, chrF
     "sacrebleu's metrics, made once"
     from sacrebleu.metrics import BLEU, CHRF
-    return BLEU(), BLEU(effective_order=True), CHRF()
+    return BLEU(force=True), BLEU(effective_order=True, force=True), CHRF() # force: no warning about texts that look tokenized
 
 # %% ../nbs/19_scores.ipynb #7fce271e
 def corpus_scores(
