@@ -204,7 +204,7 @@ def load_splits(
     parts |= cut(parts['train'], run.split_seed, need)
     for s, rows in parts.items():
         if not rows: raise BadInput(f"{name}: the {s} split has no rows: use a larger dataset, or give a {s} file")
-    parts = with_labels(parts, name) | dict(test=with_references(parts['test']))
+    parts = with_labels(parts | dict(test=with_references(parts['test'])), name)
     shared = len({r['prompt'] or r['completion'] for r in parts['train']} & {r['prompt'] or r['completion'] for r in parts['test']})
     left = [f'{s} {i}' for s, (_, rows) in read.items() for i in rows]
     return Splits(**{s: sampled(parts[s], sizes[s], run.split_seed) for s in sizes},
