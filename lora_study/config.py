@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Count', 'Positive', 'Fraction', 'NotNegative', 'HASHES', 'EMBEDDED', 'HUB_ID', 'CONTENT', 'STUDY_KEYS', 'BadInput',
            'Run', 'unused', 'canonical', 'run_id', 'local_path', 'fingerprint', 'world_digest', 'content_hash',
-           'sealed', 'Study', 'combinations', 'first_problem', 'check_arguments', 'expand', 'check_together',
-           'check_value', 'label', 'varied', 'Loader', 'line_of', 'read_yaml', 'read_study', 'template_file']
+           'data_path', 'data_digest', 'sealed', 'Study', 'combinations', 'first_problem', 'check_arguments', 'expand',
+           'check_together', 'check_value', 'label', 'varied', 'Loader', 'line_of', 'read_yaml', 'read_study',
+           'template_file']
 
 # %% ../nbs/00_config.ipynb #45b22ad4
 import difflib, hashlib, itertools, json, math, re
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from . import world
+from .catalogue import CATALOGUE, FORMATS
 
 # %% ../nbs/00_config.ipynb #44748380
 class BadInput(ValueError):
@@ -35,10 +37,11 @@ class Run(BaseModel):
     model_name_or_path: str = 'embedded'  # `embedded`, a local folder, or a hub id
     model_revision: str = 'main'          # of a hub model
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto' # of the base; auto: bfloat16 on CUDA, float32 elsewhere
-    dataset_name: str = 'embedded'        # `embedded`, a local file or folder, or a hub id
+    dataset_name: str = 'embedded'        # `embedded`, a local file or folder, a hub id, or a short name from `catalogue.CATALOGUE`
+    dataset_path: str | None = None       # a local copy of a dataset with a short name: file or folder
     dataset_config: str | None = None     # of a hub dataset
     dataset_revision: str = 'main'        # of a hub dataset
-    dataset_format: Literal['auto', 'prompt_completion', 'alpaca', 'mr_text'] = 'auto'
+    dataset_format: Literal[('auto', *FORMATS)] = 'auto' # a name from `catalogue.FORMATS`
     split_seed: int = 0                   # of the split and the subsamples: one for a whole study, so that runs pair example by example
     train_size: Count | None = 1600       # training examples; None: all
     validation_size: Count | None = 100   # validation examples, read during training
@@ -71,6 +74,7 @@ class Run(BaseModel):
     eval_steps: Count = 25                # optimizer steps between two readings of the validation loss
     generate_size: int = Field(100, ge=0) # test examples answered by greedy generation
     max_new_tokens: Count = 48            # of a generated answer
+    answer_suite: bool = False            # whether the prompts of `evaluation.SUITE` are answered before and after
     forgetting_dataset_name: str | None = None # text the base knew before: `embedded` (its own) or a local file; its NLL is read before and after
     forgetting_size: Count = 200          # rows of that text
     seed: int = Field(0, ge=0)            # of the adapter's initialisation, the data order and dropout
@@ -80,14 +84,14 @@ class Run(BaseModel):
     def __hash__(self): return hash(canonical(self)) # a list of modules has no hash of its own
 
 # %% ../nbs/00_config.ipynb #e81db6f6
-HASHES = dict(model_name_or_path='base_hash', dataset_name='data_hash', forgetting_dataset_name='forgetting_hash') # name → the hash that stands for it
+HASHES = dict(model_name_or_path='base_hash', dataset_name='data_hash', dataset_path='data_hash', forgetting_dataset_name='forgetting_hash') # name → the hash that stands for it
 
 # %% ../nbs/00_config.ipynb #7e9c251c
 def unused(run:Run) -> set: # field names
     "Arguments that have no effect, given the others"
     lora = {f for f in Run.model_fields if f.startswith('lora_')} | {'use_rslora'}
     return ((set() if run.use_peft else lora) | (set() if run.load_in_4bit else {'bnb_4bit_quant_type', 'bnb_4bit_use_double_quant'})
-            | (set() if run.forgetting_dataset_name else {'forgetting_size'}))
+            | (set() if run.forgetting_dataset_name else {'forgetting_size'}) | ({'dataset_config', 'dataset_revision'} if run.dataset_path else set()))
 
 # %% ../nbs/00_config.ipynb #36c6163d
 def canonical(run:Run) -> str: # JSON, keys sorted
@@ -112,9 +116,10 @@ def local_path(
 ) -> Path | None: # None: a hub id
     "The file or folder a name means, if it means one"
     if name == 'embedded': return Path(str(EMBEDDED)) if field == 'model_name_or_path' else None
+    if field == 'dataset_name' and name in CATALOGUE: return None
     path = Path(name).expanduser()
     if path.exists(): return path
-    if HUB_ID.fullmatch(name) and not path.suffix in ('.json', '.jsonl', '.txt', '.csv', '.parquet'): return None
+    if HUB_ID.fullmatch(name) and not path.suffix in ('.json', '.jsonl', '.txt', '.csv', '.tsv', '.parquet'): return None
     raise BadInput(f'{field} = {name!r}: not found from {Path.cwd().name}/: expected a folder, a file or a hub id: check the path')
 
 # %% ../nbs/00_config.ipynb #e36c1c55
@@ -146,11 +151,27 @@ def content_hash(name:str, field:str, config:str|None=None, hub:str='') -> str: 
     if path is None and not hub: raise BadInput(f'{field} = {name!r}: expected embedded or a local file: save it to a file first')
     return fingerprint(path) if path else hub
 
+# %% ../nbs/00_config.ipynb #460a0e2f
+def data_path(run:Run) -> Path | None: # None: embedded, or on the hub
+    "Where a run's data lies"
+    if not run.dataset_path: return local_path(run.dataset_name, 'dataset_name')
+    path = local_path(run.dataset_path, 'dataset_path')
+    if path is None: raise BadInput(f'dataset_path = {run.dataset_path!r}: not found from {Path.cwd().name}/: expected a file or folder: check the path, or leave it out to use the hub')
+    return path
+
+# %% ../nbs/00_config.ipynb #770e757c
+def data_digest(run:Run) -> str:
+    "The hash of a run's data"
+    path, known = data_path(run), CATALOGUE.get(run.dataset_name)
+    if known is None: return content_hash(run.dataset_name, 'dataset_name', run.dataset_config, f'hub:{run.dataset_name}/{run.dataset_config or ""}@{run.dataset_revision}')
+    revision = known.revision if run.dataset_revision == 'main' else run.dataset_revision
+    return f'{run.dataset_name}:{fingerprint(path)}' if path else f'hub:{run.dataset_name}={known.hub}/{run.dataset_config or known.config or ""}@{revision}'
+
 # %% ../nbs/00_config.ipynb #fce84da2
 def sealed(run:Run) -> Run:
     "`run` with the hashes of its base, its data and its forgetting text filled in"
     base = content_hash(run.model_name_or_path, 'model_name_or_path', hub=f'hub:{run.model_name_or_path}@{run.model_revision}')
-    data = content_hash(run.dataset_name, 'dataset_name', run.dataset_config, f'hub:{run.dataset_name}/{run.dataset_config or ""}@{run.dataset_revision}')
+    data = data_digest(run)
     text = content_hash(run.forgetting_dataset_name, 'forgetting_dataset_name') if run.forgetting_dataset_name else ''
     return run.model_copy(update=dict(base_hash=base, data_hash=data, forgetting_hash=text))
 
@@ -225,6 +246,7 @@ def expand(study:Study) -> list[Run]: # each once, in file order, seeds innermos
 # %% ../nbs/00_config.ipynb #d5ab812e
 def check_together(run:Run):
     "Raises BadInput for a run that contradicts itself"
+    if run.dataset_path and run.dataset_name not in CATALOGUE: raise BadInput(f'dataset_path: dataset_name = {run.dataset_name!r} is no short name: expected one of {", ".join(CATALOGUE)}: or give the path as dataset_name')
     if run.load_in_4bit and run.load_in_8bit: raise BadInput('load_in_4bit: true, and load_in_8bit too: expected one of them: remove the other')
     if not run.use_peft and (run.load_in_4bit or run.load_in_8bit): raise BadInput('use_peft: false on a quantized base, whose weights cannot train: remove load_in_4bit and load_in_8bit')
 
