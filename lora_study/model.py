@@ -183,7 +183,7 @@ def read_base(model:nn.Module) -> dict: # base_dtype, quantization, compute_dtyp
     kept = {str(m.compute_dtype).removeprefix('torch.') for m in model.modules() if type(m).__name__ == 'Linear4bit'}
     again = [m.gradient_checkpointing for m in model.modules() if hasattr(m, 'gradient_checkpointing')]
     return dict(base_dtype=str(model.get_input_embeddings().weight.dtype).removeprefix('torch.'), quantization=', '.join(stored) or 'none',
-                compute_dtype=', '.join(sorted(kept)) or 'none', gradient_checkpointing=any(again))
+                compute_dtype=', '.join(sorted(kept)) or 'none', gradient_checkpointing=bool(again) and all(again))
 
 # %% ../nbs/02_model.ipynb #7afab092
 def asked_base(run:Run, device:torch.device) -> dict: # the same keys
