@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ROLES', 'FUSED', 'BITS', 'meant', 'has', 'by_pattern', 'targeted', 'stack', 'chosen_layers', 'peft_targets',
            'trained_biases', 'planned_parameters', 'shapes_of', 'rank_for', 'tied_head', 'check_adapter', 'check_fits',
-           'adapter_config', 'adapter_tensors', 'add_adapter', 'make_trainable', 'count_parameters', 'base_checksum',
+           'adapter_config', 'adapter_tensors', 'where', 'asked_adapter', 'add_adapter', 'make_trainable',
+           'count_parameters', 'adapted', 'starts_as', 'read_adapter', 'check_adapted', 'base_checksum', 'since_start',
            'save_adapter', 'save_trained', 'load_adapter']
 
 # %% ../nbs/03_lora.ipynb #19f6b333
@@ -18,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from .config import BadInput, Point, Run, content_hash
-from .model import Linear, facts, linear_layers, size, skeleton
+from .model import Linear, demand, facts, linear_layers, place, size, skeleton
 
 # %% ../nbs/03_lora.ipynb #4e2ddd51
 ROLES = dict(q='q_proj|query|q_lin|wq', k='k_proj|key|k_lin|wk', v='v_proj|value|v_lin|wv', o='o_proj|out_proj|c_proj|dense|out_lin|wo') # last names of attention layers
@@ -170,6 +171,20 @@ def adapter_tensors(model:nn.Module) -> dict: # name → tensor, copied
     "The matrices of an adapter"
     return {n: p.detach().clone() for n, p in model.named_parameters() if 'lora_A' in n or 'lora_B' in n}
 
+# %% ../nbs/03_lora.ipynb #5af171c9
+def where(places) -> str: # places: (layer, name within it) pairs
+    "A placement in short: each name and the layers it is in"
+    names = dict.fromkeys(inside for _, inside in places)
+    return '; '.join(' '.join([n, ','.join(str(l) for l in sorted(l for l, inside in places if inside == n and l is not None))]).strip() for n in sorted(names))
+
+# %% ../nbs/03_lora.ipynb #3f6e49ba
+def asked_adapter(run:Run, model:nn.Module) -> dict: # what `read_adapter` should find
+    "The adapter a run asks for, on a base that does not have it yet"
+    scaling = run.lora_alpha / (math.sqrt(run.lora_r) if run.use_rslora else run.lora_r)
+    return dict(lora_r=run.lora_r, scaling=float(scaling), lora_dropout=float(run.lora_dropout), use_dora=run.use_dora,
+                adapted=where([(l.layer, l.inside) for l in chosen_layers(run, model)]), biases=' '.join(sorted(trained_biases(run, model))),
+                trainable_params=planned_parameters(run, model), init_seed=run.seed if run.init_seed is None else run.init_seed)
+
 # %% ../nbs/03_lora.ipynb #5309468c
 def add_adapter(
     model:nn.Module, # the base; it is changed in place
@@ -177,9 +192,10 @@ def add_adapter(
 ) -> PeftModel:
     "The base with a fresh adapter, only the adapter trainable"
     check_fits(run, model)
-    torch.manual_seed(run.seed if run.init_seed is None else run.init_seed)
+    asked = asked_adapter(run, model)
+    torch.manual_seed(asked['init_seed'])
     model = get_peft_model(model, adapter_config(run, model))
-    model.init_seed = torch.initial_seed() # the generator's own word
+    model.asked, model.init_seed = asked, torch.initial_seed() # the generator's own word
     model.start = adapter_tensors(model) if run.init_lora_weights in ('pissa', 'olora') else {} # what was taken out of the base
     return model
 
@@ -196,6 +212,44 @@ def count_parameters(model:nn.Module) -> dict: # trainable_params, total_params
     "Parameters that train, and all of them"
     return dict(trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad), total_params=sum(map(size, model.parameters())))
 
+# %% ../nbs/03_lora.ipynb #502682e8
+def adapted(model:nn.Module) -> dict: # name in the base → PEFT's layer
+    "The layers that carry an adapter"
+    return {n.removeprefix('base_model.model.'): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+# %% ../nbs/03_lora.ipynb #2e0b1852
+@torch.no_grad()
+def starts_as(model:nn.Module, init) -> bool: # init: as `init_lora_weights` has it
+    "Whether an untrained adapter can be such a start"
+    pairs = [(m.lora_A['default'].weight.float(), m.lora_B['default'].weight.float()) for m in adapted(model).values()]
+    if init in (True, 'gaussian'):
+        if any(b.any() for _, b in pairs): return False
+        if init is True: return all(a.abs().max() <= (1 + 1e-5)/math.sqrt(a.shape[1]) for a, _ in pairs)
+        n = sum(a.numel() for a, _ in pairs)
+        return abs(sum((a*len(a)).square().sum().item() for a, _ in pairs)/n - 1) < 6*math.sqrt(2/n) # six standard errors of a variance
+    close = lambda x, y: torch.allclose(x, y, atol=1e-3*x.abs().max().item())
+    if init == 'pissa': return all(b.any() and close(a @ a.T, b.T @ b) for a, b in pairs)
+    if init == 'olora': return all(close(torch.eye(len(a), device=b.device), b.T @ b) for a, b in pairs)
+    return all(b.any() for _, b in pairs) # loftq
+
+# %% ../nbs/03_lora.ipynb #09a827b3
+def read_adapter(model:nn.Module) -> dict: # see `asked_adapter`
+    "An adapter, from its modules and tensors"
+    layers, train = adapted(model), {n: p for n, p in model.named_parameters() if p.requires_grad}
+    one = lambda values: (lambda s: s[0] if len(s) == 1 else str(s))(sorted(set(values)))
+    return dict(lora_r=one(len(m.lora_A['default'].weight) for m in layers.values()), scaling=one(float(m.scaling['default']) for m in layers.values()),
+                lora_dropout=one(float(getattr(m.lora_dropout['default'], 'p', 0)) for m in layers.values()), use_dora=one('default' in m.lora_magnitude_vector for m in layers.values()),
+                adapted=where([place(n) for n in layers]), biases=' '.join(sorted(n.removeprefix('base_model.model.').replace('.base_layer', '') for n in train if 'lora_' not in n)),
+                trainable_params=sum(p.numel() for p in train.values()), init_seed=model.init_seed)
+
+# %% ../nbs/03_lora.ipynb #b4072212
+def check_adapted(model:nn.Module, run:Run, fresh:bool=True) -> dict: # what was read back; fresh: not trained yet
+    "Raises Unapplied unless the adapter is the one the run asked for"
+    start = next((i for i in (run.init_lora_weights, True, 'gaussian', 'pissa', 'olora', 'loftq') if starts_as(model, i)), None) if fresh else run.init_lora_weights
+    live = read_adapter(model) | dict(init_lora_weights=str(start))
+    demand(live, model.asked | dict(init_lora_weights=str(run.init_lora_weights)))
+    return live
+
 # %% ../nbs/03_lora.ipynb #ed9fdee1
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -208,15 +262,21 @@ def base_checksum(model:nn.Module) -> int:
         total += (i+1) * p.detach().contiguous().view(BITS[p.element_size()]).sum(dtype=torch.int64).item()
     return total
 
+# %% ../nbs/03_lora.ipynb #6f8d1fa1
+def since_start(state:dict, start:dict) -> dict: # both: name → tensor
+    "A state whose pairs hold what was added since the start: B A − B₀ A₀ = [B, −B₀] [A; A₀]"
+    return state | {n: torch.cat([state[n], t], 0) if 'lora_A' in n else torch.cat([state[n], -t], 1) for n, t in start.items()}
+
 # %% ../nbs/03_lora.ipynb #a6b7caaa
 def save_adapter(model:PeftModel, folder, run:Run) -> int: # bytes on disk
     "Writes adapter_config.json and adapter_model.safetensors"
-    folder = Path(folder)
-    model.save_pretrained(folder)
+    folder, start = Path(folder), getattr(model, 'start', {})
+    model.save_pretrained(folder, state_dict=since_start(model.state_dict(), start), save_embedding_layers=False) # an adapted head is not saved with its base
     (folder/'README.md').unlink(missing_ok=True) # PEFT's unfilled model card
     f = folder/'adapter_config.json'
     cfg = json.loads(f.read_text())
     cfg['base_model_name_or_path'] = run.model_name_or_path
+    if start: cfg |= dict(r=2*cfg['r'], lora_alpha=cfg['lora_alpha']*(math.sqrt(2) if cfg['use_rslora'] else 2), init_lora_weights=True)
     if isinstance(cfg['target_modules'], list): cfg['target_modules'] = sorted(cfg['target_modules'])
     f.write_text(json.dumps(cfg, indent=2, sort_keys=True) + '\n')
     return sum(p.stat().st_size for p in folder.iterdir())

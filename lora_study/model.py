@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'pick_device', 'pick_dtype', 'base_dtype', 'check_device', 'source', 'refused', 'load_tokenizer',
-           'quantization', 'load_base', 'skeleton', 'Linear', 'linear_layers', 'Facts', 'size', 'facts', 'weight_bytes',
-           'state_tensors', 'quantized_as', 'read_base', 'asked_base']
+           'quantization', 'load_base', 'skeleton', 'Linear', 'place', 'linear_layers', 'Facts', 'size', 'facts',
+           'weight_bytes', 'state_tensors', 'Unapplied', 'demand', 'quantized_as', 'read_base', 'asked_base']
 
 # %% ../nbs/02_model.ipynb #810c6db4
-import re
+import math, re
 from dataclasses import dataclass
 import torch
 from torch import nn
@@ -116,14 +116,19 @@ class Linear:
 # %% ../nbs/02_model.ipynb #220f60b0
 KINDS = {'attention': r'att(entio)?n', 'feed-forward': r'mlp|ffn|feed_?forward|(^|[._])fc|intermediate|output|moe|expert'} # looked for in the name within a layer
 
+# %% ../nbs/02_model.ipynb #aa935076
+def place(name:str) -> tuple: # layer's number or None, name within it
+    "Where in the stack a module is"
+    found = re.match(r'.*?\.(\d+)\.(.+)', name)
+    return (int(found[1]), found[2]) if found else (None, name)
+
 # %% ../nbs/02_model.ipynb #172e609a
 def linear_layers(model:nn.Module) -> list[Linear]:
     "The linear layers of a base, in the model's order"
     head, out = model.get_output_embeddings(), []
     for name, m in model.named_modules():
         if not isinstance(m, (nn.Linear, Conv1D)): continue
-        found = re.match(r'.*?\.(\d+)\.(.+)', name)
-        layer, inside = (int(found[1]), found[2]) if found else (None, name)
+        layer, inside = place(name)
         kind = 'head' if m is head else 'other' if layer is None else next((k for k, p in KINDS.items() if re.search(p, inside)), 'other')
         inputs, outputs = m.weight.shape if isinstance(m, Conv1D) else (m.in_features, m.out_features)
         out.append(Linear(name, layer, inside, inputs, outputs, m.bias is not None, kind))
@@ -168,6 +173,18 @@ def state_tensors(weight) -> list:
     if state is not None: return [t for s in (state, state.state2) if s is not None for t in (s.absmax, s.code) if t is not None]
     scale = getattr(weight, 'SCB', None)
     return [scale] if scale is not None else []
+
+# %% ../nbs/02_model.ipynb #ffaed5e4
+class Unapplied(RuntimeError):
+    "An argument of a run that did not reach the model or the optimizer"
+
+# %% ../nbs/02_model.ipynb #112b3df5
+def demand(live:dict, asked:dict):
+    "Raises Unapplied unless what was read back is what was asked for"
+    for k, want in asked.items():
+        got = live.get(k)
+        if not (math.isclose(got, want, rel_tol=1e-6, abs_tol=1e-12) if isinstance(want, float) and isinstance(got, float) else got == want):
+            raise Unapplied(f'{k}: asked for {want}, found {got}: the argument did not act')
 
 # %% ../nbs/02_model.ipynb #81fae5b4
 def quantized_as(m:nn.Module) -> str | None: # int8, nf4, fp4, nf4 double, fp4 double; None: not quantized
