@@ -200,7 +200,7 @@ def first_problem(
 ) -> tuple: # field, the line to print
     "The first of pydantic's complaints, as one of ours"
     e = err.errors()[0]
-    parts = [p for p in e['loc'] if not (isinstance(p, str) and ('[' in p or p in ('str', 'int', 'float')))]
+    parts = [p for p in e['loc'] if not (isinstance(p, str) and (set('[-') & set(p) or p in ('str', 'int', 'float')))] # pydantic's names for types are no part of the path
     field = prefix + ''.join(f'[{p}]' if isinstance(p, int) else f'.{p}' for p in parts).lstrip('.' if not prefix else '')
     got = e['input'] if not isinstance(e['input'], dict) else sorted(e['input'])
     return field, f"{field} = {got!r}: {e['msg'][0].lower() + e['msg'][1:]}"
