@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'FUSED', 'BITS', 'meant', 'has', 'by_pattern', 'targeted', 'stack', 'chosen_layers', 'peft_targets',
-           'trained_biases', 'planned_parameters', 'shapes_of', 'rank_for', 'tied_head', 'check_adapter', 'check_fits',
-           'adapter_config', 'adapter_tensors', 'where', 'asked_adapter', 'add_adapter', 'make_trainable',
-           'count_parameters', 'adapted', 'starts_as', 'read_adapter', 'check_adapted', 'base_checksum', 'since_start',
-           'save_adapter', 'save_trained', 'load_adapter']
+           'trained_biases', 'planned_parameters', 'shapes_of', 'rank_for', 'tied_head', 'check_adapter',
+           'check_packing', 'check_fits', 'adapter_config', 'adapter_tensors', 'where', 'asked_adapter', 'add_adapter',
+           'make_trainable', 'count_parameters', 'adapted', 'starts_as', 'read_adapter', 'check_adapted',
+           'base_checksum', 'since_start', 'save_adapter', 'save_trained', 'load_adapter']
 
 # %% ../nbs/03_lora.ipynb #19f6b333
 import inspect, json, math, re, tempfile
@@ -147,6 +147,15 @@ def check_adapter(run:Run, model:nn.Module):
         raise BadInput(f'init_lora_weights = {start!r}: PEFT reads a transposed layer such as {low.last} the wrong way round there: use pissa, true or gaussian')
 
 # %% ../nbs/03_lora.ipynb #b39290b6
+def check_packing(run:Run, model:nn.Module):
+    "Raises BadInput where rows cannot start over"
+    name, window = type(model).__name__, getattr(model.config.get_text_config(), 'sliding_window', None)
+    if 'position_ids' not in inspect.signature(model.forward).parameters: raise BadInput(f'packing: true: {name} takes no position_ids, so a row cannot start over: remove it')
+    if any(getattr(m, 'padding_idx', None) is not None for n, m in model.named_modules() if 'position' in n):
+        raise BadInput(f'packing: true: {name} counts positions from its padding token on, not from 0: remove it')
+    if window and window < run.max_length: raise BadInput(f'packing: true: the base sees {window} tokens back, and max_length = {run.max_length}: lower it, or remove packing')
+
+# %% ../nbs/03_lora.ipynb #f1182045
 def check_fits(run:Run, model:nn.Module):
     "Raises BadInput for a run this base cannot do; `model` may be a skeleton"
     if run.use_peft: check_adapter(run, model)
@@ -154,9 +163,7 @@ def check_fits(run:Run, model:nn.Module):
     if '8bit' in run.optim and largest < 4096: # bitsandbytes' min_8bit_size
         raise BadInput(f'optim = {run.optim!r}: bitsandbytes keeps tensors below 4096 numbers in 32 bits, and the largest trained here has {largest}: raise lora_r, or use adamw_torch')
     if run.gradient_checkpointing and not model.supports_gradient_checkpointing: raise BadInput(f'gradient_checkpointing: true: {type(model).__name__} cannot: remove it')
-    window = getattr(model.config.get_text_config(), 'sliding_window', None)
-    if run.packing and 'position_ids' not in inspect.signature(model.forward).parameters: raise BadInput(f'packing: true: {type(model).__name__} takes no position_ids, so rows cannot start over: remove it')
-    if run.packing and window and window < run.max_length: raise BadInput(f'packing: true: the base sees {window} tokens back, and max_length = {run.max_length}: lower it, or remove packing')
+    if run.packing: check_packing(run, model)
 
 # %% ../nbs/03_lora.ipynb #8e7654f7
 def adapter_config(run:Run, model:nn.Module) -> LoraConfig:

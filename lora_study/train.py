@@ -6,8 +6,8 @@
 __all__ = ['OPTIMIZERS', 'SHAPES', 'total_steps', 'warmup', 'parameter_groups', 'make_optimizer', 'make_schedule', 'rate_at',
            'Loop', 'pack', 'apart', 'as_batch', 'micro_batches', 'Diverged', 'summed_loss', 'backward',
            'optimizer_step', 'read_validation', 'train_step', 'train', 'sealed_files', 'save_checkpoint', 'is_whole',
-           'newest_checkpoint', 'load_checkpoint', 'marks', 'read_loop', 'asked_loop', 'check_applied', 'probe_batches',
-           'probe_run', 'measure_adapter']
+           'newest_checkpoint', 'load_checkpoint', 'marks', 'read_loop', 'asked_loop', 'check_packed', 'check_applied',
+           'probe_batches', 'probe_run', 'measure_adapter']
 
 # %% ../nbs/08_train.ipynb #4ea887a8
 import hashlib, json, math, os, shutil, time
@@ -22,7 +22,7 @@ from .config import Run, run_id
 from .data import batch_at, collate, encode, load_splits
 from .evaluation import evaluate, summarise, token_scores
 from .lora import check_adapted, count_parameters, load_adapter
-from .model import asked_base, demand, load_base, load_tokenizer, pick_device, read_base
+from .model import Unapplied, asked_base, demand, load_base, load_tokenizer, pick_device, read_base
 from .profiler import Phases, phase, probe
 
 # %% ../nbs/08_train.ipynb #90bf5305
@@ -294,6 +294,15 @@ def asked_loop(run:Run, loop:Loop) -> dict: # what `read_loop` should find
                 train_steps_planned=total_steps(run, len(loop.examples)), data_seed=run.seed if run.data_seed is None else run.data_seed, packing=run.packing,
                 gradient_accumulation_steps=run.gradient_accumulation_steps)
 
+# %% ../nbs/08_train.ipynb #6dcb0f64
+@torch.no_grad()
+def check_packed(loop:Loop, n:int=3): # n: examples looked at
+    "Raises Unapplied unless the first examples have one loss packed and unpacked, whatever the architecture makes of positions and masks"
+    few, near = loop.examples[:n], 1e-3 if loop.model.dtype == torch.float32 else .03
+    both = [summed_loss(loop.model.eval(), {k: t.to(loop.device) for k, t in b.items()}).item()
+            for b in (pack(few, loop.pad_id, sum(len(e.ids) for e in few)), collate(few, loop.pad_id))]
+    if not math.isclose(*both, rel_tol=near): raise Unapplied(f'packing: {n} examples have a loss of {both[0]:.4f} packed and {both[1]:.4f} unpacked: the base lets them see each other')
+
 # %% ../nbs/08_train.ipynb #bd8c7b0a
 def check_applied(loop:Loop) -> dict: # flat, for the record
     "Raises Unapplied unless every argument of the run has reached the model, the adapter and the loop; what was read back"
@@ -303,6 +312,7 @@ def check_applied(loop:Loop) -> dict: # flat, for the record
     adapter = check_adapted(loop.model, run, fresh=loop.step == 0) if run.use_peft else {}
     if not run.use_peft: demand(count_parameters(loop.model), dict(trainable_params=count_parameters(loop.model)['total_params']))
     sizes = [p.numel() for p in loop.params]
+    if run.packing: check_packed(loop)
     small = dict(optim_8bit_share=sum(s for s in sizes if s >= 4096)/sum(sizes)) if '8bit' in run.optim else {}
     return base | adapter | live | small
 

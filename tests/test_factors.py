@@ -73,6 +73,9 @@ def test_packed_and_unpacked_give_one_loss(kind):
     from lora_study.data import Example
     rows = [Example('', '', '', torch.randint(1, 48, (n,), generator=torch.Generator().manual_seed(n)).tolist(), n//3, 0, n) for n in (5, 9, 3, 12, 7)]
     model = build(kind).eval()
+    if kind == 'roberta':
+        with pytest.raises(BadInput, match='counts positions from its padding token on'): check_fits(Run(use_peft=False, packing=True, max_length=20), model)
+        return
     check_fits(Run(use_peft=False, packing=True, max_length=20), model)
     for completion_only in (True, False):
         with torch.no_grad(): packed, plain = summed_loss(model, pack(rows, 0, 20, completion_only)), summed_loss(model, collate(rows, 0, completion_only))
@@ -119,7 +122,6 @@ def undo(loop, what): # what a library's fault or a forgotten line would leave
         case 'optimized': group['params'].pop()
         case 'schedule': loop.schedule.lr_lambdas = [lambda t: 1.]
         case 'gradient_checkpointing': next(m for m in reversed(list(loop.model.modules())) if hasattr(m, 'gradient_checkpointing')).gradient_checkpointing = False
-        case 'packing': object.__setattr__(loop.run, 'packing', False); loop.run = Run(**loop.run.model_dump() | dict(packing=True)) if False else loop.run
         case 'base_dtype': loop.model.get_input_embeddings().to(torch.float64)
         case 'compute_dtype': next(m for m in loop.model.modules() if type(m).__name__ == 'Linear4bit').compute_dtype = torch.float32
 
@@ -132,4 +134,137 @@ def test_an_argument_that_got_lost_is_caught(what, examples):
     loop = loop_of(examples, **LOST[what])
     check_applied(loop)
     undo(loop, what)
-    with pytest.raises(Unapplied, match=f'^{what if what != "lr_ratio" else "(learning_rate|lr_ratio)"}: asked for .* the argument did not act'): check_applied(loop)
+    with pytest.raises(Unapplied, match=f'^{what}: asked for .* the argument did not act'): check_applied(loop)
+
+def test_packed_examples_that_see_each_other_are_caught(examples):
+    loop = loop_of(examples, packing=True)
+    forward = loop.model.base_model.model.forward
+    loop.model.base_model.model.forward = lambda *a, attention_mask=None, **kw: forward(*a, **kw) # an architecture that ignores the mask it is given
+    with pytest.raises(Unapplied, match='^packing: 3 examples'): check_applied(loop)
+
+# --- what each argument does
+
+def test_checkpointed_and_packed_training_learn_what_plain_training_does(examples):
+    plain, again, packed = (train(loop_of(examples, lora_dropout=d, **how)) for d, how in ((.1, {}), (.1, dict(gradient_checkpointing=True)), (0., dict(packing=True))))
+    assert plain.history['train'] == again.history['train'] # dropout's draws included
+    bare = train(loop_of(examples))
+    assert [a['loss'] for a in packed.history['train']] == pytest.approx([b['loss'] for b in bare.history['train']], rel=1e-4)
+    assert sum(b['input_ids'].numel() for b in micro_batches(packed, 0)) < sum(b['input_ids'].numel() for b in micro_batches(bare, 0))
+
+def test_checkpointing_computes_each_layer_twice(examples):
+    for on, times in ((False, 1), (True, 2)):
+        loop, calls = loop_of(examples, max_steps=1, gradient_checkpointing=on), []
+        loop.model.get_submodule('base_model.model.model.layers.1.mlp').register_forward_hook(lambda *_: calls.append(1))
+        train(loop)
+        assert len(calls) == times
+
+def test_seeds_are_separate(examples):
+    loops = [loop_of(examples, **s) for s in (dict(seed=1), dict(seed=2, init_seed=1), dict(seed=2, data_seed=1), dict(seed=2))]
+    first = [next(iter(adapted(l.model).values())).lora_A['default'].weight for l in loops]
+    order = [micro_batches(l, 0)[0]['input_ids'].tolist() for l in loops]
+    assert torch.equal(first[0], first[1]) and torch.equal(first[2], first[3]) and not torch.equal(first[0], first[2])
+    assert order[0] == order[2] != order[1] == order[3]
+
+def test_lora_plus_moves_b_faster(examples):
+    moved = {}
+    for ratio in (1., 8.):
+        loop = train(loop_of(examples, max_steps=1, lr_scheduler_type='constant', loraplus_lr_ratio=ratio))
+        moved[ratio] = max(p.abs().max().item() for n, p in loop.model.named_parameters() if 'lora_B' in n) # B starts at zero, and Adam's first step is the learning rate
+    assert moved[1.] == pytest.approx(2e-3, rel=1e-3) and moved[8.] == pytest.approx(8*2e-3, rel=1e-3)
+
+def test_eight_bit_moments_are_eight_bit_and_resume(examples, tmp_path):
+    how = dict(optim='adamw_8bit', lr_scheduler_type='cosine', max_steps=6)
+    straight = train(loop_of(examples, **how))
+    states = {s['state1'].dtype for p, s in straight.optimizer.state.items() if p.numel() >= 4096}
+    assert states == {torch.uint8}
+    train(loop_of(examples, **how), (), tmp_path, save_steps=1, stop_at=3)
+    resumed = train(loop_of(examples, **how), (), tmp_path)
+    assert resumed.resumed_at == 3 and resumed.history == straight.history and all(torch.equal(a, b) for a, b in zip(resumed.params, straight.params))
+
+def test_weight_decay_shrinks(examples):
+    plain, shrunk = (train(loop_of(examples, max_steps=1, lr_scheduler_type='constant', weight_decay=w)) for w in (0., 10.))
+    a, b = (next(p for n, p in l.model.named_parameters() if 'lora_A' in n) for l in (plain, shrunk))
+    start = next(p for n, p in loop_of(examples).model.named_parameters() if 'lora_A' in n)
+    torch.testing.assert_close(a - b, 10*2e-3*start)
+
+def test_biases_train_and_only_they_do():
+    for how, some in ((dict(bias='all'), {'transformer.h.0.ln_1.bias', 'transformer.h.3.attn.c_attn.bias'}), (dict(bias='lora_only', lora_target_modules='o'), {'transformer.h.0.attn.c_proj.bias'})):
+        run = Run(lora_r=2, **how)
+        model = add_adapter(build('gpt2'), run)
+        live = check_adapted(model, run)
+        assert some <= set(live['biases'].split()) and ('ln_1' in live['biases']) == (run.bias == 'all')
+        frozen = base_checksum(model)
+        for n, p in model.named_parameters(): p.data += .1 if p.requires_grad else 0
+        assert base_checksum(model) == frozen
+
+@pytest.mark.parametrize('how', [dict(init_lora_weights='pissa'), dict(init_lora_weights='olora', use_rslora=True), dict(lora_target_modules='q,v,head'), dict(use_dora=True)], ids=str)
+def test_a_saved_adapter_belongs_to_the_original_base(how, examples, tmp_path):
+    from peft import PeftModel
+    from safetensors import safe_open
+    loop = train(loop_of(examples, **how))
+    save_adapter(loop.model, tmp_path, loop.run)
+    with safe_open(tmp_path/'adapter_model.safetensors', 'pt') as f: assert all('lora_' in k for k in f.keys()) # an adapted head does not take its base with it
+    there = PeftModel.from_pretrained(load_base(loop.run, CPU), str(tmp_path)).eval()
+    ids = torch.arange(20, 60)[None]
+    with torch.no_grad(): here, there, base = loop.model(ids).logits, there(ids).logits, load_base(loop.run, CPU)(ids).logits
+    torch.testing.assert_close(here, there, atol=2e-3, rtol=0)
+    assert (here - base).abs().max() > .1
+
+# --- study files
+
+def test_alpha_follows_the_rank_and_budgets_choose_it():
+    study = Study(name='s', shared=dict(lora_alpha='2r'), axes=dict(lora_r=[4, 8]))
+    assert [(r.lora_r, r.lora_alpha) for r in expand(study)] == [(4, 8.), (8, 16.)]
+    assert run_id(expand(study)[0]) == run_id(expand(Study(name='s', shared=dict(lora_r=4, lora_alpha=8)))[0])
+    study = Study(name='s', shared=dict(lora_budget=110_000, lora_alpha='r'), axes=dict(lora_target_modules=['q,v', 'attention', 'feed-forward', 'all-linear'], use_dora=[False, True]))
+    for run in expand(study):
+        assert run.lora_alpha == run.lora_r
+        model = add_adapter(load_base(run, CPU), run)
+        assert abs(count_parameters(model)['trainable_params']/110_000 - 1) <= .03
+    mixed = expand(Study(name='s', shared=dict(lora_budget=110_000), axes=dict(use_peft=[True, False])))
+    assert [r.lora_r for r in mixed] == [8, Run().lora_r]
+
+def test_planning_without_a_budget_imports_no_torch():
+    code = "import sys; from lora_study.config import *; expand(Study(name='s', shared=dict(lora_alpha='2r'), axes=dict(lora_target_modules=['q,v']))); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == 'False\n'
+
+REFUSED = {
+    'rank above a side': (dict(lora_r=65), "lora_r = 65 exceeds k_proj's smaller side 64"),
+    'budget too small': (dict(lora_budget=9000), "lora_budget = 9000: 'all-linear' has 13,568 parameters at rank 1"),
+    'budget and rank': (dict(lora_budget=110_000, lora_r=8), 'lora_budget: chooses the rank, and lora_r is given too'),
+    'alpha in words': (dict(lora_alpha='rr'), "lora_alpha = 'rr'"),
+    'no such layers': (dict(layers_to_transform=[9]), 'the base has 4 layers, numbered 0 to 3'),
+    'no such part': (dict(layers_to_transform='upper'), "layers_to_transform = 'upper': input should be 'first_half'"),
+    'no such word': (dict(lora_target_modules='attention,experts'), "['experts'] not in the base: it has attention: k_proj"),
+    'no bias': (dict(bias='all'), "bias = 'all': the base has no bias there"),
+    'two precisions': (dict(load_in_4bit=True, load_in_8bit=True), 'load_in_4bit: true, and load_in_8bit too'),
+    'whole and quantized': (dict(use_peft=False, load_in_4bit=True), 'use_peft: false on a quantized base'),
+    'whole in float16': (dict(use_peft=False, dtype='float16'), 'use_peft: false with dtype float16'),
+    'pissa on 4 bits': (dict(init_lora_weights='pissa', load_in_4bit=True), "init_lora_weights = 'pissa' with load_in_4bit"),
+    'loftq on 8 bits': (dict(init_lora_weights='loftq', load_in_8bit=True), "init_lora_weights = 'loftq' with load_in_8bit"),
+    'loftq without cuda': (dict(init_lora_weights='loftq'), "init_lora_weights = 'loftq': PEFT computes it on CUDA"),
+    'pissa on a tied head': (dict(init_lora_weights='pissa', lora_target_modules='head'), 'changes the head, which is the input embeddings too'),
+    'dora on 8 bits': (dict(use_dora=True, load_in_8bit=True), 'use_dora: true with load_in_8bit'),
+    'dora with pissa': (dict(use_dora=True, init_lora_weights='pissa'), "use_dora: true with init_lora_weights = 'pissa'"),
+    'paging without cuda': (dict(optim='paged_adamw_32bit'), "optim = 'paged_adamw_32bit': pages between the memories of a GPU"),
+    'eight bits of nothing': (dict(optim='adamw_8bit', lora_r=4), 'keeps tensors below 4096 numbers in 32 bits'),
+    'inverse root of nothing': (dict(lr_scheduler_type='inverse_sqrt'), "lr_scheduler_type = 'inverse_sqrt' counts in warm-up steps"),
+    'constant with warm-up': (dict(lr_scheduler_type='constant', warmup_steps=5), "lr_scheduler_type = 'constant' has no warm-up"),
+}
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_cannot_be_is_refused_before_any_run(name):
+    how, line = REFUSED[name]
+    with pytest.raises(BadInput) as e: preflight(Study(name='s', shared=dict(train_size=16, test_size=8, validation_size=8) | how), 'cpu')
+    assert line in str(e.value) and '\n' not in str(e.value)
+
+# --- the walk
+
+def test_a_run_records_what_was_read_back(folder):
+    from lora_study.sweep import run_point
+    asked = dict(init_lora_weights='pissa', lora_target_modules='attention', layers_to_transform='last_half', loraplus_lr_ratio=2., packing=True, lr_scheduler_type='polynomial', warmup_steps=1)
+    rec, home = run_point(sealed(Run(**TINY, **asked)), 'a', 'factors', folder)
+    p = rec.provenance
+    assert p['applied_init_lora_weights'] == 'pissa' and p['applied_lr_ratio'] == 2. and p['applied_packing'] is True and p['applied_quantization'] == 'none'
+    assert p['applied_adapted'] == '; '.join(f'self_attn.{m}_proj 2,3' for m in 'koqv')
+    assert p['applied_trainable_params'] == rec.metrics['trainable_params']
