@@ -189,7 +189,7 @@ def demand(live:dict, asked:dict):
 # %% ../nbs/02_model.ipynb #81fae5b4
 def quantized_as(m:nn.Module) -> str | None: # int8, nf4, fp4, nf4 double, fp4 double; None: not quantized
     "How a layer's weights are stored"
-    kind = type(m).__name__
+    kind = type(m).__name__ if isinstance(m, nn.Linear) else None # PEFT's wrappers have the same names
     if kind == 'Linear8bitLt': return 'int8'
     if kind == 'Linear4bit': return m.weight.quant_state.quant_type + (' double' if m.weight.quant_state.nested else '')
 
@@ -197,7 +197,7 @@ def quantized_as(m:nn.Module) -> str | None: # int8, nf4, fp4, nf4 double, fp4 d
 def read_base(model:nn.Module) -> dict: # base_dtype, quantization, compute_dtype, gradient_checkpointing
     "A base's state, from the model itself"
     stored = sorted({q for m in model.modules() if (q := quantized_as(m))})
-    kept = {str(m.compute_dtype).removeprefix('torch.') for m in model.modules() if type(m).__name__ == 'Linear4bit'}
+    kept = {str(m.compute_dtype).removeprefix('torch.') for m in model.modules() if (quantized_as(m) or 'int8') != 'int8'}
     again = [m.gradient_checkpointing for m in model.modules() if hasattr(m, 'gradient_checkpointing')]
     return dict(base_dtype=str(model.get_input_embeddings().weight.dtype).removeprefix('torch.'), quantization=', '.join(stored) or 'none',
                 compute_dtype=', '.join(sorted(kept)) or 'none', gradient_checkpointing=bool(again) and all(again))

@@ -277,7 +277,7 @@ def marks(run:Run, steps:int) -> list[int]: # optimizer steps
 def read_loop(loop:Loop) -> dict: # see `asked_loop`
     "A loop's settings, from its optimizer, its schedule and its first batch"
     groups, names = loop.optimizer.param_groups, {id(p): n for n, p in loop.model.named_parameters()}
-    rate = {(names[id(p)], p.ndim): g['initial_lr'] for g in groups for p in g['params']}
+    rate = {(names[id(p)], p.ndim): g['initial_lr'] for g in groups for p in g['params'] if id(p) in names}
     slow, fast = ({lr for (n, ndim), lr in rate.items() if ('lora_B' in n or ndim == 1) == late} for late in (False, True))
     times, first = marks(loop.run, loop.total), micro_batches(loop, 0)
     one = lambda key: (lambda s: s[0] if len(s) == 1 else str(s))(sorted({g[key] for g in groups}))
@@ -306,15 +306,14 @@ def check_packed(loop:Loop, n:int=3): # n: examples looked at
 # %% ../nbs/08_train.ipynb #bd8c7b0a
 def check_applied(loop:Loop) -> dict: # flat, for the record
     "Raises Unapplied unless every argument of the run has reached the model, the adapter and the loop; what was read back"
-    run, base, live = loop.run, read_base(loop.model), read_loop(loop)
+    run, base = loop.run, read_base(loop.model)
     demand(base, asked_base(run, loop.device))
+    adapter = check_adapted(loop.model, run, fresh=loop.step == 0) if run.use_peft else count_parameters(loop.model)
+    if not run.use_peft: demand(adapter, dict(trainable_params=adapter['total_params']))
+    live, sizes = read_loop(loop), [p.numel() for p in loop.params]
     demand(live, asked_loop(run, loop))
-    adapter = check_adapted(loop.model, run, fresh=loop.step == 0) if run.use_peft else {}
-    if not run.use_peft: demand(count_parameters(loop.model), dict(trainable_params=count_parameters(loop.model)['total_params']))
-    sizes = [p.numel() for p in loop.params]
     if run.packing: check_packed(loop)
-    small = dict(optim_8bit_share=sum(s for s in sizes if s >= 4096)/sum(sizes)) if '8bit' in run.optim else {}
-    return base | adapter | live | small
+    return base | adapter | live | (dict(optim_8bit_share=sum(s for s in sizes if s >= 4096)/sum(sizes)) if '8bit' in run.optim else {})
 
 # %% ../nbs/08_train.ipynb #c17eceb2
 def probe_batches(loop:Loop, timed:int=6) -> list: # of micro-batch lists

@@ -16,6 +16,7 @@ def test_the_same_run_twice_gives_the_same_record_to_the_bit(folder):
     run = sealed(Run(**TINY, lora_dropout=.1))
     first, second = (run_point(run, 'a', 'twice', folder/name)[0] for name in ('one', 'two'))
     assert timeless(first) == timeless(second)
+    assert first.provenance['applied_lora_dropout'] == .1 and first.provenance['applied_trainable_params'] == first.metrics['trainable_params'] # read back from the model
     assert len(first.curves['train']) == 4 and [p['step'] for p in first.curves['validation']] == [0, 2, 4]
 
 def test_a_saved_adapter_loads_with_plain_peft_and_scores_the_same(folder):
