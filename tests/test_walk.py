@@ -16,6 +16,7 @@ def test_the_same_run_twice_gives_the_same_record_to_the_bit(folder):
     run = sealed(Run(**TINY, lora_dropout=.1))
     first, second = (run_point(run, 'a', 'twice', folder/name)[0] for name in ('one', 'two'))
     assert timeless(first) == timeless(second)
+    assert first.provenance['applied_lora_dropout'] == .1 and first.provenance['applied_trainable_params'] == first.metrics['trainable_params'] # read back from the model
     assert len(first.curves['train']) == 4 and [p['step'] for p in first.curves['validation']] == [0, 2, 4]
 
 def test_a_saved_adapter_loads_with_plain_peft_and_scores_the_same(folder):
@@ -109,7 +110,7 @@ def test_the_templates_parameters_are_runs_fields_with_their_defaults():
 
 def test_ids_do_not_move_between_versions(): # a moved id would orphan every finished run; a moved default would give an old id a new meaning
     import hashlib
-    assert hashlib.sha256(json.dumps(Run().model_dump(), sort_keys=True).encode()).hexdigest()[:12] == '1b51b51b1e31'
+    assert hashlib.sha256(json.dumps(Run().model_dump(), sort_keys=True).encode()).hexdigest()[:12] == '1a83cd8d91d9'
     assert run_id(Run()) == 'b4b8bf78e9ad'
     assert run_id(Run(lora_r=16, seed=3, learning_rate=1e-4, base_hash='b', data_hash='d')) == '9e8d60bd46f7'
 
