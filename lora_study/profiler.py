@@ -189,7 +189,7 @@ def latency(
                 if k: out.append(dict(round=k, model=name, batch_size=b, length=n, prefill_s=prefill, token_s=token))
     return out
 
-# %% ../nbs/04_profiler.ipynb #72b3ea52
+# %% ../nbs/04_profiler.ipynb #66caf070
 def latency_table(
     readings:list,         # from `latency`
     reference:str='base',  # the model the others are compared with
@@ -197,7 +197,8 @@ def latency_table(
     "Medians, and paired ratios to a reference"
     groups, out = {}, []
     for r in readings: groups.setdefault((r['batch_size'], r['length'], r['model']), {})[r['round']] = r
-    for (b, n, name), mine in groups.items():
+    for b, n, name in sorted(groups, key=lambda g: (g[0], g[1], g[2] != reference)):
+        mine = groups[b, n, name]
         row = dict(model=name, batch_size=b, length=n) | {t: median(r[t] for r in mine.values()) for t in ('prefill_s', 'token_s')}
         row['tok_s'] = b/row['token_s']
         for t in ('prefill', 'token'):

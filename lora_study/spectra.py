@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['singular_values', 'update_svd', 'entropy_rank', 'energy_rank', 'adapted', 'base_weight', 'adapter_spectra',
-           'adapter_norms', 'amplification', 'nearest_cosines', 'random_update', 'intruders', 'foreign_directions',
-           'overlap', 'overlap_null', 'read_factors', 'compare_adapters']
+           'adapter_norms', 'amplification', 'left_directions', 'nearest_cosines', 'random_update', 'intruders',
+           'foreign_directions', 'overlap', 'overlap_null', 'read_factors', 'compare_adapters']
 
 # %% ../nbs/06_spectra.ipynb #4c971954
 import json
@@ -102,15 +102,18 @@ def amplification(
     w = w.double()
     return dict(amplification=(s.norm()/(u.T @ w @ v).norm()).item(), amplification_random=(s.norm()*(w.numel()**.5)/(len(s)*w.norm())).item())
 
-# %% ../nbs/06_spectra.ipynb #6c673941
+# %% ../nbs/06_spectra.ipynb #5916035c
+def left_directions(w:torch.Tensor, k:int|None=None) -> torch.Tensor: # (d_out, k), float64
+    "A weight's left singular vectors, the leading one first"
+    return torch.linalg.svd(w.double(), full_matrices=False).U[:, :k]
+
+# %% ../nbs/06_spectra.ipynb #e6eba3e6
 def nearest_cosines(
-    w:torch.Tensor,     # the base's weight, (d_out, d_in)
-    delta:torch.Tensor, # its update, same shape
-    k:int=10,           # leading directions looked at
-) -> torch.Tensor: # (k,), float64
-    "Each leading direction of w + delta against the base direction most like it"
-    before, after = (torch.linalg.svd(x.double(), full_matrices=False).U for x in (w, w + delta))
-    return (before.T @ after[:, :k]).abs().amax(0)
+    base:torch.Tensor,  # (d_out, n), the base's left singular vectors, all of them
+    tuned:torch.Tensor, # (d_out, k), the tuned weight's leading ones
+) -> torch.Tensor: # (k,)
+    "Each tuned direction against the base direction most like it"
+    return (base.T @ tuned).abs().amax(0)
 
 # %% ../nbs/06_spectra.ipynb #0b643d0c
 def random_update(
@@ -122,7 +125,7 @@ def random_update(
     u, v = (torch.linalg.qr(torch.randn(d, len(s), generator=generator, dtype=torch.float64)).Q for d in (d_out, d_in))
     return u * s.double() @ v.T
 
-# %% ../nbs/06_spectra.ipynb #d3111212
+# %% ../nbs/06_spectra.ipynb #09de7a69
 def intruders(
     w:torch.Tensor,     # (d_out, d_in)
     delta:torch.Tensor, # (d_out, d_in)
@@ -133,17 +136,18 @@ def intruders(
 ) -> dict: # intruders, intruders_random (mean over draws)
     "Foreign directions among a tuned weight's leading ones, and how many chance brings"
     generator, s = torch.Generator().manual_seed(seed), torch.linalg.svdvals(delta.double())
-    count = lambda d: int((nearest_cosines(w, d, k) < epsilon).sum())
+    base = left_directions(w)
+    count = lambda d: int((nearest_cosines(base, left_directions(w + d, k)) < epsilon).sum())
     chance = [count(random_update(s, *w.shape, generator).to(w)) for _ in range(draws)]
     return dict(intruders=count(delta), intruders_random=sum(chance)/max(len(chance), 1))
 
-# %% ../nbs/06_spectra.ipynb #0c929d7a
+# %% ../nbs/06_spectra.ipynb #7b0c71c9
 @torch.no_grad()
 def foreign_directions(
     model:nn.Module,  # with an adapter on
     k:int=10, epsilon:float=.5, draws:int=3,
 ) -> list[dict]: # module, amplification, amplification_random, intruders, intruders_random; one dict a layer that moved
-    "What an adapter's directions are to the base's; two full SVDs a layer and two a draw, so not for wide bases"
+    "What an adapter's directions are to the base's; two full SVDs a layer and one a draw, so not for wide bases"
     out = []
     for name, m, a, b, scale in adapted(model):
         w, a, b = base_weight(m).cpu(), a.cpu().float(), b.cpu().float()
