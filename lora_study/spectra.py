@@ -11,7 +11,7 @@ __all__ = ['singular_values', 'update_svd', 'entropy_rank', 'energy_rank', 'adap
 import json
 from pathlib import Path
 import torch
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from safetensors.torch import load_file
 from torch import nn
 
@@ -62,10 +62,12 @@ def adapted(model:nn.Module): # yields name, PEFT's layer, A (r, d_in), B (d_out
         for key in getattr(m, 'lora_A', {}):
             yield name.removeprefix('base_model.model.'), m, m.lora_A[key].weight.detach(), m.lora_B[key].weight.detach(), m.scaling[key]
 
-# %% ../nbs/06_spectra.ipynb #a99d84e1
+# %% ../nbs/06_spectra.ipynb #6d16456f
 def base_weight(layer:nn.Module) -> torch.Tensor: # (d_out, d_in), float32
     "The frozen weight under PEFT's layer"
-    w = dequantize_module_weight(layer.get_base_layer()).detach().float()
+    base = layer.get_base_layer()
+    w = dequantize_bnb_weight(base.weight, getattr(base, 'state', None)) if type(base.weight).__name__ in ('Int8Params', 'Params4bit') else dequantize_module_weight(base)
+    w = w.detach().float()
     return w.T if layer.fan_in_fan_out else w
 
 # %% ../nbs/06_spectra.ipynb #29957e3b
