@@ -99,11 +99,12 @@ def wrong_layers(bench) -> int:
             wrong += a.shape[0] != r or not torch.allclose(added, scale*x @ a.T @ b.T, atol=1e-4)
     return wrong
 
-# %% ../nbs/18_validate.ipynb #e653aca6
+# %% ../nbs/18_validate.ipynb #7c50df5c
 @check('trainable parameters follow the formula')
 def miscounted(bench) -> int:
     "Trainable parameters too many or too few"
-    expected = sum(bench.run.lora_r*(i + o)*n for i, o, n in facts(bench.base()).linear.values())
+    base = bench.base()
+    expected = sum(bench.run.lora_r*sum(m.weight.shape) for m in base.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not base.get_output_embeddings())
     return abs(count_parameters(bench.model())['trainable_params'] - expected)
 
 # %% ../nbs/18_validate.ipynb #8b9fb4d3
@@ -176,8 +177,8 @@ def base_changes(bench) -> int:
     training.train(loop)
     return len(not_frozen(loop.model)) + strays + (base_checksum(loop.model) != before)
 
-# %% ../nbs/18_validate.ipynb #72734aab
-@check('a few steps lower the loss', .9)
+# %% ../nbs/18_validate.ipynb #38174f2c
+@check('a few steps lower the loss', .98)
 def loss_ratio(bench) -> float:
     "Loss after training on four rows, as a share of the loss before"
     loop = bench.loop(max_steps=12, lora_dropout=0., lr_scheduler_type='constant')
