@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'StudyFile', 'Results', 'Override', 'Device', 'told', 'overrides', 'existing_db', 'settle_offline', 'plan',
            'progress', 'on_sigterm', 'run', 'report_of', 'report', 'runs', 'show', 'export', 'import_', 'prepare_data',
-           'evaluate', 'init', 'main']
+           'evaluate', 'validate', 'init', 'main']
 
 # %% ../nbs/15_cli.ipynb #52e932fa
 import functools, json, logging, os, signal, socket, sys
@@ -231,6 +231,19 @@ def evaluate(adapter:Annotated[Path, typer.Argument(help='A PEFT adapter folder.
     except ValidationError as e: raise BadInput(first_problem(e)[1]) from None
     metrics = measure_adapter(adapter, asked, device)
     typer.echo(quality_table(metrics) + '\n\n' + cost_table(metrics))
+
+# %% ../nbs/15_cli.ipynb #ab32b316
+@app.command()
+@told
+def validate(model:Annotated[str, typer.Argument(help='embedded, a folder, or a hub id.')]='embedded', device:Device='auto'):
+    "Check on a base that everything a study rests on holds: one line a check, exit code 1 if any fails."
+    settle_offline([(model, 'model_name_or_path')])
+    from lora_study.model import pick_device
+    from lora_study.validate import validate as all_checks
+    found = all_checks(model, pick_device(device), say=typer.echo)
+    failed = sum(not v.passed for v in found)
+    typer.echo(f'{len(found) - failed} of {len(found)} checks passed')
+    raise typer.Exit(1 if failed else 0)
 
 # %% ../nbs/15_cli.ipynb #c7987c9b
 @app.command()

@@ -7,7 +7,8 @@ __all__ = ['ROLES', 'FUSED', 'BITS', 'meant', 'has', 'by_pattern', 'targeted', '
            'trained_biases', 'planned_parameters', 'shapes_of', 'rank_for', 'tied_head', 'check_adapter',
            'check_packing', 'check_fits', 'adapter_config', 'adapter_tensors', 'where', 'asked_adapter', 'add_adapter',
            'make_trainable', 'count_parameters', 'adapted', 'starts_as', 'read_adapter', 'check_adapted',
-           'base_checksum', 'since_start', 'save_adapter', 'save_trained', 'load_adapter']
+           'base_checksum', 'since_start', 'save_adapter', 'save_trained', 'load_adapter', 'unpacked', 'dequantized',
+           'merged', 'scored_logits', 'logit_error', 'merge_errors', 'parameter_table', 'not_frozen']
 
 # %% ../nbs/03_lora.ipynb #19f6b333
 import inspect, json, math, re, tempfile
@@ -307,3 +308,96 @@ def load_adapter(
     try: return PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
     except (RuntimeError, ValueError) as e:
         raise BadInput(f'{folder}: does not fit the base: {" ".join(str(e).split())[:200]}: name the base it was trained on') from None
+
+# %% ../nbs/03_lora.ipynb #f041c005
+import torch.nn.functional as F
+from peft.utils.integrations import dequantize_module_weight
+from .model import load_base, size, weight_bytes
+
+# %% ../nbs/03_lora.ipynb #e2fe1c6a
+def unpacked(model:nn.Module) -> nn.Module:
+    "A fresh base whose 4-bit layers will keep their layout"
+    for m in model.modules():
+        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
+    return model
+
+# %% ../nbs/03_lora.ipynb #b6426827
+def dequantized(model:nn.Module) -> nn.Module: # changed in place
+    "A quantized base with plain linear layers of the same weights"
+    for name, m in [*model.named_modules()]:
+        if not isinstance(m, nn.Linear) or type(m) is nn.Linear: continue
+        plain = nn.Linear(m.in_features, m.out_features, device='meta')
+        plain.weight = nn.Parameter(dequantize_module_weight(m).detach().to(model.dtype), requires_grad=False)
+        plain.bias = m.bias
+        model.set_submodule(name, plain)
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = model.is_quantized = False
+    if hasattr(model.config, 'quantization_config'): del model.config.quantization_config
+    return model
+
+# %% ../nbs/03_lora.ipynb #722fde6f
+def merged(
+    folder,       # a saved adapter
+    run:Run,      # the base it was trained on
+    device:torch.device,
+    into='base',  # or dequantized, original: what holds the sum
+) -> nn.Module:
+    "A base with a saved adapter in its weights"
+    plain = run.model_copy(update=dict(load_in_4bit=False, load_in_8bit=False))
+    base = load_base(plain, device) if into == 'original' else unpacked(load_base(run, device))
+    if into == 'dequantized': base = dequantized(base)
+    return load_adapter(folder, base).merge_and_unload(safe_merge=True)
+
+# %% ../nbs/03_lora.ipynb #e7839a33
+@torch.no_grad()
+def scored_logits(
+    model:nn.Module,
+    batches:list, # from data.collate
+) -> tuple: # logits (n, vocabulary), float32 on the CPU; labels (n,)
+    "What a model predicts wherever there is a label"
+    device, logits, labels = next(model.parameters()).device, [], []
+    for b in batches:
+        y = b['labels'][:, 1:]
+        out = model(input_ids=b['input_ids'].to(device), attention_mask=b['attention_mask'].to(device)).logits[:, :-1]
+        logits.append(out[(y != -100).to(device)].float().cpu()); labels.append(y[y != -100])
+    return torch.cat(logits), torch.cat(labels)
+
+# %% ../nbs/03_lora.ipynb #fff5ce94
+def logit_error(
+    reference:torch.Tensor, # (n, vocabulary)
+    other:torch.Tensor,     # likewise
+    labels:torch.Tensor,    # (n,)
+) -> dict: # logit_max_abs, logit_relative, nll_change (nats a token), flipped_tokens, tokens
+    "How far one model's predictions are from another's"
+    off = other - reference
+    return dict(logit_max_abs=off.abs().max().item(), logit_relative=(off.norm()/reference.norm()).item(), nll_change=(F.cross_entropy(other, labels) - F.cross_entropy(reference, labels)).item(),
+                flipped_tokens=int((other.argmax(-1) != reference.argmax(-1)).sum()), tokens=len(labels))
+
+# %% ../nbs/03_lora.ipynb #284b9836
+def merge_errors(
+    folder,       # a saved adapter
+    run:Run,      # the base it was trained on
+    batches:list, # from data.collate, to compare on
+    device:torch.device,
+) -> list[dict]: # into, merged_bytes, and what `logit_error` counts
+    "Every way to merge an adapter, against leaving it unmerged"
+    reference, labels = scored_logits(load_adapter(folder, unpacked(load_base(run, device))), batches)
+    out = []
+    for into in ('base', 'dequantized', 'original') if run.load_in_4bit or run.load_in_8bit else ('base',):
+        model = merged(folder, run, device, into)
+        out.append(dict(into=into, merged_bytes=weight_bytes(model)) | logit_error(reference, scored_logits(model, batches)[0], labels))
+    return out
+
+# %% ../nbs/03_lora.ipynb #4b765f71
+def parameter_table(model:nn.Module) -> list[dict]: # layer (None outside the stack), module, trainable_params, total_params, trainable_share
+    "What trains, by layer and module"
+    rows = {}
+    for name, p in model.named_parameters():
+        parts = re.sub(r'\.(lora_\w+\.[^.]+|base_layer|weight|bias)(?=\.|$)', '', '.' + name).split('.')
+        row = rows.setdefault((next((int(x) for x in parts if x.isdigit()), None), parts[-1]), [0, 0])
+        row[0] += p.numel() if p.requires_grad else 0; row[1] += size(p)
+    return [dict(layer=layer, module=module, trainable_params=t, total_params=n, trainable_share=t/n) for (layer, module), (t, n) in rows.items()]
+
+# %% ../nbs/03_lora.ipynb #6858f3d2
+def not_frozen(model:nn.Module) -> list[str]:
+    "Parameters outside the adapter that ask for a gradient or have one"
+    return [n for n, p in model.named_parameters() if 'lora_' not in n and (p.requires_grad or p.grad is not None)]
