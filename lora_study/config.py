@@ -75,23 +75,26 @@ class Run(BaseModel):
     generate_size: int = Field(100, ge=0) # test examples answered by greedy generation
     max_new_tokens: Count = 48            # of a generated answer
     answer_suite: bool = False            # whether the prompts of `evaluation.SUITE` are answered before and after
+    lm_eval_tasks: Annotated[list[str], Field(min_length=1)] | None = None # lm-evaluation-harness tasks, by name or .yaml file, read before and after
+    lm_eval_limit: Count | None = None    # documents a task; None: all
     forgetting_dataset_name: str | None = None # text the base knew before: `embedded` (its own) or a local file; its NLL is read before and after
     forgetting_size: Count = 200          # rows of that text
     seed: int = Field(0, ge=0)            # of the adapter's initialisation, the data order and dropout
     base_hash: str = ''                   # content of the base; filled in when a study is read
     data_hash: str = ''                   # content of the dataset; filled in when a study is read
     forgetting_hash: str = ''             # content of the forgetting text; filled in when a study is read
+    lm_eval_hash: str = ''                # the tasks' names, or their files' content; filled in when a study is read
     def __hash__(self): return hash(canonical(self)) # a list of modules has no hash of its own
 
 # %% ../nbs/00_config.ipynb #e81db6f6
-HASHES = dict(model_name_or_path='base_hash', dataset_name='data_hash', dataset_path='data_hash', forgetting_dataset_name='forgetting_hash') # name → the hash that stands for it
+HASHES = dict(model_name_or_path='base_hash', dataset_name='data_hash', dataset_path='data_hash', forgetting_dataset_name='forgetting_hash', lm_eval_tasks='lm_eval_hash') # name → the hash that stands for it
 
 # %% ../nbs/00_config.ipynb #7e9c251c
 def unused(run:Run) -> set: # field names
     "Arguments that have no effect, given the others"
     lora = {f for f in Run.model_fields if f.startswith('lora_')} | {'use_rslora'}
     return ((set() if run.use_peft else lora) | (set() if run.load_in_4bit else {'bnb_4bit_quant_type', 'bnb_4bit_use_double_quant'})
-            | (set() if run.forgetting_dataset_name else {'forgetting_size'}) | ({'dataset_config', 'dataset_revision'} if run.dataset_path else set()))
+            | (set() if run.forgetting_dataset_name else {'forgetting_size'}) | ({'dataset_config', 'dataset_revision'} if run.dataset_path else set()) | (set() if run.lm_eval_tasks else {'lm_eval_limit'}))
 
 # %% ../nbs/00_config.ipynb #36c6163d
 def canonical(run:Run) -> str: # JSON, keys sorted
@@ -119,7 +122,7 @@ def local_path(
     if field == 'dataset_name' and name in CATALOGUE: return None
     path = Path(name).expanduser()
     if path.exists(): return path
-    if HUB_ID.fullmatch(name) and not path.suffix in ('.json', '.jsonl', '.txt', '.csv', '.tsv', '.parquet'): return None
+    if HUB_ID.fullmatch(name) and not path.suffix in ('.json', '.jsonl', '.txt', '.csv', '.tsv', '.parquet', '.yaml', '.yml'): return None
     raise BadInput(f'{field} = {name!r}: not found from {Path.cwd().name}/: expected a folder, a file or a hub id: check the path')
 
 # %% ../nbs/00_config.ipynb #e36c1c55
@@ -173,7 +176,8 @@ def sealed(run:Run) -> Run:
     base = content_hash(run.model_name_or_path, 'model_name_or_path', hub=f'hub:{run.model_name_or_path}@{run.model_revision}')
     data = data_digest(run)
     text = content_hash(run.forgetting_dataset_name, 'forgetting_dataset_name') if run.forgetting_dataset_name else ''
-    return run.model_copy(update=dict(base_hash=base, data_hash=data, forgetting_hash=text))
+    tasks = ' '.join(fingerprint(local_path(t, 'lm_eval_tasks')) if t.endswith(('.yaml', '.yml')) else t for t in run.lm_eval_tasks or ())
+    return run.model_copy(update=dict(base_hash=base, data_hash=data, forgetting_hash=text, lm_eval_hash=tasks))
 
 # %% ../nbs/00_config.ipynb #74e72cda
 class Study(BaseModel):
