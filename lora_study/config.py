@@ -86,6 +86,8 @@ class Run(BaseModel):
     generate_size: int = Field(100, ge=0) # test examples answered by greedy generation
     max_new_tokens: Count = 48            # of a generated answer
     answer_suite: bool = False            # whether the prompts of `evaluation.SUITE` are answered before and after
+    lm_eval_tasks: Annotated[list[str], Field(min_length=1)] | None = None # lm-evaluation-harness tasks, by name or .yaml file, read before and after
+    lm_eval_limit: Count | None = None    # documents a task; None: all
     forgetting_dataset_name: str | None = None # text the base knew before: `embedded` (its own) or a local file; its NLL is read before and after
     forgetting_size: Count = 200          # rows of that text
     seed: int = Field(0, ge=0)            # of dropout, and of the two below where they are None
@@ -94,10 +96,11 @@ class Run(BaseModel):
     base_hash: str = ''                   # content of the base; filled in when a study is read
     data_hash: str = ''                   # content of the dataset; filled in when a study is read
     forgetting_hash: str = ''             # content of the forgetting text; filled in when a study is read
+    lm_eval_hash: str = ''                # the tasks' names, or their files' content; filled in when a study is read
     def __hash__(self): return hash(canonical(self)) # a list of modules has no hash of its own
 
 # %% ../nbs/00_config.ipynb #e81db6f6
-HASHES = dict(model_name_or_path='base_hash', dataset_name='data_hash', dataset_path='data_hash', forgetting_dataset_name='forgetting_hash') # name → the hash that stands for it
+HASHES = dict(model_name_or_path='base_hash', dataset_name='data_hash', dataset_path='data_hash', forgetting_dataset_name='forgetting_hash', lm_eval_tasks='lm_eval_hash') # name → the hash that stands for it
 
 # %% ../nbs/00_config.ipynb #7e9c251c
 def unused(run:Run) -> set: # field names
@@ -105,7 +108,7 @@ def unused(run:Run) -> set: # field names
     adapter = {f for f in Run.model_fields if f.startswith('lora')} | {'layers_to_transform', 'bias', 'init_lora_weights', 'use_rslora', 'use_dora', 'init_seed'}
     return ((set() if run.use_peft else adapter) | (set() if run.load_in_4bit else {f for f in Run.model_fields if f.startswith('bnb_4bit_')})
             | (set() if run.forgetting_dataset_name else {'forgetting_size'}) | {f for f in ('init_seed', 'data_seed') if getattr(run, f) == run.seed}
-            | ({'dataset_config', 'dataset_revision'} if run.dataset_path else set()))
+            | ({'dataset_config', 'dataset_revision'} if run.dataset_path else set()) | (set() if run.lm_eval_tasks else {'lm_eval_limit'}))
 
 # %% ../nbs/00_config.ipynb #36c6163d
 def canonical(run:Run) -> str: # JSON, keys sorted
@@ -133,7 +136,7 @@ def local_path(
     if field == 'dataset_name' and name in CATALOGUE: return None
     path = Path(name).expanduser()
     if path.exists(): return path
-    if HUB_ID.fullmatch(name) and not path.suffix in ('.json', '.jsonl', '.txt', '.csv', '.tsv', '.parquet'): return None
+    if HUB_ID.fullmatch(name) and not path.suffix in ('.json', '.jsonl', '.txt', '.csv', '.tsv', '.parquet', '.yaml', '.yml'): return None
     raise BadInput(f'{field} = {name!r}: not found from {Path.cwd().name}/: expected a folder, a file or a hub id: check the path')
 
 # %% ../nbs/00_config.ipynb #e36c1c55
@@ -187,7 +190,8 @@ def sealed(run:Run) -> Run:
     base = content_hash(run.model_name_or_path, 'model_name_or_path', hub=f'hub:{run.model_name_or_path}@{run.model_revision}')
     data = data_digest(run)
     text = content_hash(run.forgetting_dataset_name, 'forgetting_dataset_name') if run.forgetting_dataset_name else ''
-    return run.model_copy(update=dict(base_hash=base, data_hash=data, forgetting_hash=text))
+    tasks = ' '.join(fingerprint(local_path(t, 'lm_eval_tasks')) if t.endswith(('.yaml', '.yml')) else t for t in run.lm_eval_tasks or ())
+    return run.model_copy(update=dict(base_hash=base, data_hash=data, forgetting_hash=text, lm_eval_hash=tasks))
 
 # %% ../nbs/00_config.ipynb #74e72cda
 class Study(BaseModel):

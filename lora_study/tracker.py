@@ -54,7 +54,7 @@ def read_record(path) -> Record | None: # None: not there, or not whole
     except (OSError, UnicodeDecodeError, ValidationError): return None
 
 # %% ../nbs/07_tracker.ipynb #66ddc88a
-PACKAGES = ('torch', 'transformers', 'peft', 'accelerate', 'bitsandbytes', 'datasets', 'tokenizers', 'papermill', 'numpy', 'sacrebleu')
+PACKAGES = ('torch', 'transformers', 'peft', 'accelerate', 'bitsandbytes', 'datasets', 'tokenizers', 'papermill', 'numpy', 'sacrebleu', 'lm_eval')
 
 # %% ../nbs/07_tracker.ipynb #4dd58be0
 def git(*args) -> str | None: # output without the last newline; None when there is no repository

@@ -186,6 +186,62 @@ def test_a_template_that_writes_earlier_answers_anew_still_ends_where_they_end(f
     assert [tokenizer.decode(example.ids[a:b]) for a, b in example.turns] == ['Ada']
     assert tokenizer.decode(example.ids[example.prompt_len:]) == '(thinks)Bram' + tokenizer.eos_token
 
+# lm-evaluation-harness
+
+PETS = '''task: pets
+dataset_path: json
+dataset_kwargs: {data_files: {test: pets.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: [cat, dog]
+doc_to_target: answer
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+'''
+
+def pets(folder): # a task file of our own, and documents the embedded base can read
+    rows = [dict(question=f'### {p} has a {w}.\n### Which pet?\n### Answer:', answer=k) for p in ('Ada', 'Bram', 'Cleo') for k, w in enumerate(('cat', 'dog'))]
+    (folder/'pets.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    (folder/'pets.yaml').write_text(PETS)
+    return rows
+
+def test_the_harness_and_our_labels_agree_on_base_and_adapter(folder):
+    pytest.importorskip('lm_eval', reason='the extra eval is not installed')
+    import torch
+    from lora_study.evaluation import evaluate, summarise
+    from lora_study.harness import harness
+    from lora_study.lora import make_trainable
+    from lora_study.model import load_base, load_tokenizer
+    from lora_study.train import Loop, train
+    rows, run = pets(folder), Run(**TINY | dict(max_steps=3))
+    tokenizer, model = load_tokenizer(run), load_base(run, torch.device('cpu'))
+    examples, _ = encode([dict(prompt=r['question'], completion=(' cat', ' dog')[r['answer']], task='', choices=[' cat', ' dog']) for r in rows], tokenizer, 64)
+    for adapted in (False, True):
+        if adapted: model = make_trainable(model, run); train(Loop(run, model, examples, tokenizer.pad_token_id))
+        state = torch.get_rng_state()
+        metrics, notes = harness(model, tokenizer, ['pets.yaml'])
+        assert notes == [] and metrics == dict(lm_eval_pets_acc=summarise(evaluate(model, tokenizer, examples))['accuracy'])
+        assert torch.equal(state, torch.get_rng_state())
+    assert list(harness(model, tokenizer, ['pets.yaml'], limit=2)[0]) == ['lm_eval_pets_acc_first2']
+    (folder/'pets.jsonl').write_text('not json')
+    metrics, notes = harness(model, tokenizer, ['pets.yaml'], limit=3)
+    assert metrics == {} and len(notes) == 1 and 'missing from the run' in notes[0]
+
+def test_without_the_package_one_line_says_what_to_install(folder, monkeypatch):
+    import sys
+    from lora_study.harness import find_tasks
+    pets(folder)
+    monkeypatch.setitem(sys.modules, 'lm_eval', None); monkeypatch.setitem(sys.modules, 'lm_eval.tasks', None)
+    with pytest.raises(BadInput, match='lora_study.eval.'): find_tasks(['pets.yaml'])
+
+def test_a_task_files_content_is_part_of_a_runs_id(folder):
+    from lora_study.config import run_id
+    pets(folder)
+    ids = {run_id(sealed(Run())), run_id(sealed(Run(lm_eval_tasks=['pets.yaml']))), run_id(sealed(Run(lm_eval_tasks=['arc_easy'])))}
+    (folder/'two').mkdir(); (folder/'two/pets.yaml').write_text(PETS + 'num_fewshot: 2\n')
+    (folder/'same').mkdir(); (folder/'same/pets.yaml').write_text(PETS)
+    assert len(ids | {run_id(sealed(Run(lm_eval_tasks=[f'{where}/pets.yaml']))) for where in ('two', 'same')}) == 4
+
 # what is refused
 
 REFUSED = {'no template': (dict(dataset_name='talks.jsonl'), 'no chat template'), 'no such copy': (dict(dataset_name='gsm8k', dataset_path='no/such.jsonl'), "dataset_path = 'no/such.jsonl'"),
