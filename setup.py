@@ -14,5 +14,5 @@ setup(
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=['lora_study', 'lora_study.*']),
     package_data={'lora_study': ['embedded/*', 'notebooks/*.ipynb']},
-    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split(), 'eval': cfg['eval_requirements'].split()},
+    install_requires=cfg['requirements'].split(), extras_require={x: cfg[f'{x}_requirements'].split() for x in ('dev', 'eval', 'wandb', 'tensorboard', 'nvml')},
     entry_points={'console_scripts': cfg['console_scripts'].split()}, zip_safe=False)

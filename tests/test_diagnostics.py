@@ -1,12 +1,12 @@
 "What validation finds, what a point says of its adapter, and what mirrors may not do."
-import types
+import json, struct, types
 from contextlib import contextmanager
 import pytest
 import torch
 from conftest import TINY
 from typer.testing import CliRunner
 from lora_study import validate
-from lora_study.config import Run, sealed
+from lora_study.config import Run, run_id, sealed
 
 PACKED = 'evaluating a 4-bit base does not change its gradients'
 
@@ -125,3 +125,56 @@ def test_a_point_on_an_int8_base_says_what_its_adapter_is_and_costs(tmp_path):
     assert m['checkpoint_bytes'] > 3*4*m['trainable_params'] # weights and two moments
     assert all({'r90', 'intruders', 'amplification'} <= r.keys() and r['r90'] <= r['rank'] for r in rec.adapter)
     assert not any('energy' in k for k in m) or torch.cuda.is_available()
+
+@pytest.fixture(scope='module')
+def record(): # of a run that could be anyone's: three curves, one layer
+    from lora_study.tracker import Record
+    run = Run(max_steps=2)
+    return Record(run_id=run_id(run), config=run.model_dump(), provenance=dict(device='cpu', load_average=None), metrics=dict(test_nll=1.5, train_s=2., merge_base_logit_relative=1e-7),
+                  curves=dict(train=[dict(step=1, loss=3., learning_rate=.1), dict(step=2, loss=2., learning_rate=.05)], validation=[dict(step=0, nll=4.), dict(step=2, nll=1.6)]),
+                  adapter=[dict(module='layers.0.q_proj', norm=.5, entropy_rank=3., r90=2, rank=8)], scores=dict(test=[]), started='2026-01-01T00:00:00+00:00', ended='2026-01-01T00:01:00+00:00')
+
+@pytest.mark.parametrize('where', ['start', 'log', 'finish'])
+def test_a_mirror_that_fails_is_a_warning_and_no_more(record, where):
+    from lora_study import trackers
+    def fail(*args, **kw): raise OSError('disk full')
+    mirror = type(f'Broken_{where}', (), dict.fromkeys(('start', 'log', 'finish'), lambda *a, **kw: None) | {where: fail})()
+    with pytest.warns(UserWarning, match=f'Broken_{where}: OSError: disk full'): assert not trackers.feed(record, mirror)
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter('error') # a second warning would raise
+        assert not trackers.feed(record, mirror)
+
+def test_tensorboard_reads_back_what_a_run_said(record, tmp_path):
+    pytest.importorskip('tensorboard', reason='tensorboard is not installed: pip install "lora_study[tensorboard]"')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from lora_study import trackers
+    assert trackers.feed(record, trackers.TensorBoard(tmp_path))
+    seen = EventAccumulator(str(tmp_path/record.run_id)).Reload()
+    expected = {}
+    for step, metrics in trackers.events(record):
+        for k, v in metrics.items(): expected.setdefault(k, []).append((step, pytest.approx(v, rel=1e-6)))
+    assert {t: [(e.step, e.value) for e in seen.Scalars(t)] for t in seen.Tags()['scalars']} == expected
+
+def logged(data, block=32768): # the records in a LevelDB log, which is what a .wandb file is behind its seven bytes of header
+    at, parts = 7, []
+    while at + 7 <= len(data):
+        if block - at % block < 7: at += block - at % block; continue
+        _, size, kind = struct.unpack('<IHB', data[at:at+7])
+        parts.append(data[at+7:at+7+size]); at += 7 + size
+        if kind in (1, 4): yield b''.join(parts); parts = [] # whole, or the last part
+
+def test_wandb_keeps_a_run_offline(record, tmp_path):
+    pytest.importorskip('wandb', reason='wandb is not installed: pip install "lora_study[wandb]"')
+    from wandb.proto import wandb_internal_pb2
+    from lora_study import trackers
+    assert trackers.feed(record, trackers.Wandb(tmp_path))
+    file, = tmp_path.glob(f'wandb/offline-run-*-{record.run_id}/*.wandb')
+    seen = {}
+    for data in logged(file.read_bytes()):
+        r = wandb_internal_pb2.Record()
+        r.ParseFromString(data)
+        if r.WhichOneof('record_type') != 'history': continue
+        row = {i.key or '/'.join(i.nested_key): json.loads(i.value_json) for i in r.history.item}
+        seen[row.get('_step', r.history.step.num)] = {k: v for k, v in row.items() if not k.startswith('_')}
+    assert seen == dict(trackers.events(record))
