@@ -11,7 +11,7 @@ __all__ = ['ROLES', 'FUSED', 'BITS', 'meant', 'has', 'by_pattern', 'targeted', '
            'merged', 'scored_logits', 'logit_error', 'merge_errors', 'parameter_table', 'not_frozen']
 
 # %% ../nbs/03_lora.ipynb #19f6b333
-import inspect, json, math, re, tempfile
+import inspect, json, math, re
 from functools import cache
 from pathlib import Path
 import torch
@@ -20,7 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from .config import BadInput, Point, Run, content_hash
-from .model import Linear, demand, facts, linear_layers, place, size, skeleton
+from .model import Linear, demand, linear_layers, place, size, skeleton
 
 # %% ../nbs/03_lora.ipynb #4e2ddd51
 ROLES = dict(q='q_proj|query|q_lin|wq', k='k_proj|key|k_lin|wk', v='v_proj|value|v_lin|wv', o='o_proj|out_proj|c_proj|dense|out_lin|wo') # last names of attention layers

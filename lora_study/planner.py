@@ -6,7 +6,6 @@
 __all__ = ['BASE_FIELDS', 'DATA_FIELDS', 'check_weights', 'each', 'preflight']
 
 # %% ../nbs/09_planner.ipynb #c8c8fe8e
-import torch
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from .config import BadInput, Run, Study, expand, local_path
