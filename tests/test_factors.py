@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from lora_study.config import BadInput, Run, Study, expand, run_id
 from lora_study.data import collate, encode, load_splits
-from lora_study.lora import add_adapter, adapted, base_checksum, check_adapted, check_fits, count_parameters, make_trainable, planned_parameters, save_adapter
+from lora_study.lora import add_adapter, adapter_layers, base_checksum, check_adapted, check_fits, count_parameters, make_trainable, planned_parameters, save_adapter
 from lora_study.model import Unapplied, linear_layers, load_base, load_tokenizer, place, quantized_as
 from lora_study.planner import preflight
 from lora_study.train import Loop, check_applied, micro_batches, pack, summed_loss, train
@@ -48,13 +48,13 @@ def test_a_placement_means_the_same_on_every_architecture(kind):
         for layers, numbers in ((None, range(4)), ('last_half', (2, 3)), ([1], (1,))):
             run = Run(lora_r=2, lora_target_modules=words, layers_to_transform=layers)
             model = add_adapter(build(kind), run)
-            assert {place(n) for n in adapted(model)} == {(l, i) for l in numbers for i in insides}, (words, layers)
+            assert {place(n) for n in adapter_layers(model)} == {(l, i) for l in numbers for i in insides}, (words, layers)
             check_adapted(model, run)
     if 'q' not in roles:
         with pytest.raises(BadInput, match='holds q, k and v together: ask for q,k,v'): check_fits(Run(lora_r=2, lora_target_modules='q,v'), build(kind))
     with pytest.raises(BadInput, match=r"\['nope'\] not in the base: it has attention: .*; feed-forward: .*; head: "): check_fits(Run(lora_r=2, lora_target_modules='attention,nope'), build(kind))
     whole = add_adapter(build(kind), Run(lora_r=2, lora_target_modules='all-linear,head', layers_to_transform='first_half'))
-    inside = {place(n) for n in adapted(whole)}
+    inside = {place(n) for n in adapter_layers(whole)}
     assert {l for l, _ in inside} == {0, 1, None} and sum(l is None for l, _ in inside) == 1
     if head: assert (None, head) in inside
 
@@ -103,7 +103,7 @@ def test_a_setting_is_read_back_and_trains(how, examples):
     assert sum(not torch.equal(a, b) for a, b in zip(loop.params, before)) > len(before)/2
 
 def undo(loop, what): # what a library's fault or a forgotten line would leave
-    layer = next(iter(adapted(loop.model).values())) if loop.run.use_peft else None
+    layer = next(iter(adapter_layers(loop.model).values())) if loop.run.use_peft else None
     group = loop.optimizer.param_groups[-1]
     match what:
         case 'scaling': layer.scaling['default'] = 1.
@@ -159,7 +159,7 @@ def test_checkpointing_computes_each_layer_twice(examples):
 
 def test_seeds_are_separate(examples):
     loops = [loop_of(examples, **s) for s in (dict(seed=1), dict(seed=2, init_seed=1), dict(seed=2, data_seed=1), dict(seed=2))]
-    first = [next(iter(adapted(l.model).values())).lora_A['default'].weight for l in loops]
+    first = [next(iter(adapter_layers(l.model).values())).lora_A['default'].weight for l in loops]
     order = [micro_batches(l, 0)[0]['input_ids'].tolist() for l in loops]
     assert torch.equal(first[0], first[1]) and torch.equal(first[2], first[3]) and not torch.equal(first[0], first[2])
     assert order[0] == order[2] != order[1] == order[3]
