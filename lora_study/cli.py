@@ -113,7 +113,7 @@ def run(file:StudyFile, results:Results=Path('results'), set:Override=None, devi
     say, step, stop = progress()
     try:
         if sweep.unfinished(study, results):
-            settle_offline([(getattr(r, f), f) for r in expand(study) for f in ('model_name_or_path', 'dataset_name')])
+            settle_offline([(getattr(r, f), f) for r in expand(study) for f in ('model_name_or_path', 'dataset_name') if not (f == 'dataset_name' and r.dataset_path)])
             from lora_study.planner import preflight
             for note in preflight(study, device): say(f'note: {note}')
         tried = sweep.sweep(study, results, say, step, device=device, timeout=timeout, save_steps=save_steps)
@@ -199,15 +199,16 @@ def import_(file:Annotated[Path, typer.Argument(help='A records.jsonl.')], resul
 @app.command('prepare-data')
 @told
 def prepare_data(name:Annotated[str, typer.Argument(help='embedded, a file, a folder, or a hub dataset.')], out:Annotated[Path, typer.Argument(help='The JSONL to write.')],
-                 config:Annotated[Optional[str], typer.Option(help='Of a hub dataset.')]=None, format:Annotated[str, typer.Option(help='auto, prompt_completion, alpaca, mr_text')]='auto',
+                 config:Annotated[Optional[str], typer.Option(help='Of a hub dataset.')]=None, format:Annotated[str, typer.Option(help='auto, or what the rows are: alpaca, messages, …')]='auto',
+                 path:Annotated[Optional[str], typer.Option('--dataset-path', help='A local copy of a dataset with a short name.')]=None,
                  split_seed:int=0, train_size:Optional[int]=None, validation_size:Optional[int]=None, test_size:Optional[int]=None):
     "Write a dataset as prompt and completion, each row with the split it belongs to."
     from pydantic import ValidationError
     from lora_study.config import Run, first_problem
-    settle_offline([(name, 'dataset_name')])
+    settle_offline([] if path else [(name, 'dataset_name')])
     from lora_study.data import load_splits
     from lora_study.tracker import write_whole
-    try: asked = Run(dataset_name=name, dataset_config=config, dataset_format=format, split_seed=split_seed, train_size=train_size, validation_size=validation_size, test_size=test_size)
+    try: asked = Run(dataset_name=name, dataset_path=path, dataset_config=config, dataset_format=format, split_seed=split_seed, train_size=train_size, validation_size=validation_size, test_size=test_size)
     except ValidationError as e: raise BadInput(first_problem(e)[1]) from None
     splits = load_splits(asked)
     rows = [r | dict(split=s) for s in ('train', 'validation', 'test') for r in getattr(splits, s)]
@@ -219,15 +220,16 @@ def prepare_data(name:Annotated[str, typer.Argument(help='embedded, a file, a fo
 @app.command()
 @told
 def evaluate(adapter:Annotated[Path, typer.Argument(help='A PEFT adapter folder.')], base:Annotated[str, typer.Option(help='embedded, a folder, or a hub id.')]='embedded',
-             dataset:Annotated[str, typer.Option(help='embedded, a file, a folder, or a hub dataset.')]='embedded', test_size:int=300, generate_size:int=100,
+             dataset:Annotated[str, typer.Option(help='embedded, a file, a folder, or a hub dataset.')]='embedded',
+             dataset_path:Annotated[Optional[str], typer.Option(help='A local copy of a dataset with a short name.')]=None, test_size:int=300, generate_size:int=100,
              max_length:int=256, max_new_tokens:int=48, device:Device='auto'):
     "Measure any PEFT adapter on a base: the tables of a run's page."
     from pydantic import ValidationError
     from lora_study.config import Run, first_problem
-    settle_offline([(base, 'model_name_or_path'), (dataset, 'dataset_name')])
+    settle_offline([(base, 'model_name_or_path'), *([] if dataset_path else [(dataset, 'dataset_name')])])
     from lora_study.train import measure_adapter
     from lora_study.report import cost_table, quality_table
-    try: asked = Run(model_name_or_path=base, dataset_name=dataset, test_size=test_size, generate_size=generate_size, max_length=max_length, max_new_tokens=max_new_tokens)
+    try: asked = Run(model_name_or_path=base, dataset_name=dataset, dataset_path=dataset_path, test_size=test_size, generate_size=generate_size, max_length=max_length, max_new_tokens=max_new_tokens)
     except ValidationError as e: raise BadInput(first_problem(e)[1]) from None
     metrics = measure_adapter(adapter, asked, device)
     typer.echo(quality_table(metrics) + '\n\n' + cost_table(metrics))

@@ -6,9 +6,9 @@
 __all__ = ['ROLES', 'FUSED', 'BITS', 'meant', 'has', 'by_pattern', 'targeted', 'stack', 'chosen_layers', 'peft_targets',
            'trained_biases', 'planned_parameters', 'shapes_of', 'rank_for', 'tied_head', 'check_adapter',
            'check_packing', 'check_fits', 'adapter_config', 'adapter_tensors', 'where', 'asked_adapter', 'add_adapter',
-           'make_trainable', 'count_parameters', 'adapted', 'starts_as', 'read_adapter', 'check_adapted',
-           'base_checksum', 'since_start', 'save_adapter', 'save_trained', 'load_adapter', 'unpacked', 'dequantized',
-           'merged', 'scored_logits', 'logit_error', 'merge_errors', 'parameter_table', 'not_frozen']
+           'make_trainable', 'count_parameters', 'adapter_layers', 'starts_as', 'read_adapter', 'check_adapted',
+           'base_checksum', 'since_start', 'save_adapter', 'save_trained', 'load_adapter', 'dequantized', 'merged',
+           'scored_logits', 'logit_error', 'merge_errors', 'parameter_table', 'not_frozen']
 
 # %% ../nbs/03_lora.ipynb #19f6b333
 import inspect, json, math, re
@@ -221,7 +221,7 @@ def count_parameters(model:nn.Module) -> dict: # trainable_params, total_params
     return dict(trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad), total_params=sum(map(size, model.parameters())))
 
 # %% ../nbs/03_lora.ipynb #502682e8
-def adapted(model:nn.Module) -> dict: # name in the base → PEFT's layer
+def adapter_layers(model:nn.Module) -> dict: # name in the base → PEFT's layer
     "The layers that carry an adapter"
     return {n.removeprefix('base_model.model.'): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
 
@@ -229,7 +229,7 @@ def adapted(model:nn.Module) -> dict: # name in the base → PEFT's layer
 @torch.no_grad()
 def starts_as(model:nn.Module, init) -> bool: # init: as `init_lora_weights` has it
     "Whether an untrained adapter can be such a start"
-    pairs = [(m.lora_A['default'].weight.float(), m.lora_B['default'].weight.float()) for m in adapted(model).values()]
+    pairs = [(m.lora_A['default'].weight.float(), m.lora_B['default'].weight.float()) for m in adapter_layers(model).values()]
     if init in (True, 'gaussian'):
         if any(b.any() for _, b in pairs): return False
         if init is True: return all(a.abs().max() <= (1 + 2**-7)/math.sqrt(a.shape[1]) for a, _ in pairs) # to a bfloat16 base's rounding
@@ -243,7 +243,7 @@ def starts_as(model:nn.Module, init) -> bool: # init: as `init_lora_weights` has
 # %% ../nbs/03_lora.ipynb #09a827b3
 def read_adapter(model:nn.Module) -> dict: # see `asked_adapter`
     "An adapter, from its modules and tensors"
-    layers, train = adapted(model), {n: p for n, p in model.named_parameters() if p.requires_grad}
+    layers, train = adapter_layers(model), {n: p for n, p in model.named_parameters() if p.requires_grad}
     one = lambda values: (lambda s: s[0] if len(s) == 1 else str(s))(sorted(set(values)))
     return dict(lora_r=one(len(m.lora_A['default'].weight) for m in layers.values()), scaling=one(float(m.scaling['default']) for m in layers.values()),
                 lora_dropout=one(float(getattr(m.lora_dropout['default'], 'p', 0)) for m in layers.values()), use_dora=one('default' in m.lora_magnitude_vector for m in layers.values()),
@@ -314,13 +314,6 @@ import torch.nn.functional as F
 from peft.utils.integrations import dequantize_module_weight
 from .model import load_base, size, weight_bytes
 
-# %% ../nbs/03_lora.ipynb #e2fe1c6a
-def unpacked(model:nn.Module) -> nn.Module:
-    "A fresh base whose 4-bit layers will keep their layout"
-    for m in model.modules():
-        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
-    return model
-
 # %% ../nbs/03_lora.ipynb #b6426827
 def dequantized(model:nn.Module) -> nn.Module: # changed in place
     "A quantized base with plain linear layers of the same weights"
@@ -343,7 +336,7 @@ def merged(
 ) -> nn.Module:
     "A base with a saved adapter in its weights"
     plain = run.model_copy(update=dict(load_in_4bit=False, load_in_8bit=False))
-    base = load_base(plain, device) if into == 'original' else unpacked(load_base(run, device))
+    base = load_base(plain, device) if into == 'original' else load_base(run, device)
     if into == 'dequantized': base = dequantized(base)
     return load_adapter(folder, base).merge_and_unload(safe_merge=True)
 
@@ -380,7 +373,7 @@ def merge_errors(
     device:torch.device,
 ) -> list[dict]: # into, merged_bytes, and what `logit_error` counts
     "Every way to merge an adapter, against leaving it unmerged"
-    reference, labels = scored_logits(load_adapter(folder, unpacked(load_base(run, device))), batches)
+    reference, labels = scored_logits(load_adapter(folder, load_base(run, device)), batches)
     out = []
     for into in ('base', 'dequantized', 'original') if run.load_in_4bit or run.load_in_8bit else ('base',):
         model = merged(folder, run, device, into)

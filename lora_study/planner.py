@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from .config import BadInput, Run, Study, expand, local_path
 from .data import encode, load_splits, load_text
+from .harness import find_tasks
 from .lora import check_fits
 from .model import check_device, load_tokenizer, pick_device, skeleton
 
@@ -33,7 +34,7 @@ def each(runs:list, *fields) -> list[Run]: # one run for each distinct combinati
 
 # %% ../nbs/09_planner.ipynb #ecb803ec
 BASE_FIELDS = ('model_name_or_path', 'model_revision')
-DATA_FIELDS = ('dataset_name', 'dataset_config', 'dataset_revision', 'dataset_format', 'split_seed', 'train_size', 'validation_size', 'test_size')
+DATA_FIELDS = ('dataset_name', 'dataset_path', 'dataset_config', 'dataset_revision', 'dataset_format', 'split_seed', 'train_size', 'validation_size', 'test_size')
 
 # %% ../nbs/09_planner.ipynb #61365074
 def preflight(study:Study, device:str='auto') -> list: # warnings, one line each
@@ -45,8 +46,9 @@ def preflight(study:Study, device:str='auto') -> list: # warnings, one line each
         splits[str([getattr(r, f) for f in DATA_FIELDS])] = loaded = load_splits(r)
         facts = loaded.facts
         if facts['shared_prompts']: notes.append(f"{r.dataset_name}: {facts['shared_prompts']} prompts stand in train and in test")
-        if facts['rows_left_out']: notes.append(f"{r.dataset_name}: {facts['rows_left_out']} rows without a usable prompt or completion are left out")
+        if facts['rows_left_out']: notes.append(f"{r.dataset_name}: {facts['rows_left_out']} rows without a usable prompt or completion are left out: {'; '.join(map(str, facts['first_left_out'][:2]))}")
     for r in each([r for r in runs if r.forgetting_dataset_name], 'forgetting_dataset_name'): load_text(r)
+    for r in each([r for r in runs if r.lm_eval_tasks], 'lm_eval_tasks'): find_tasks(r.lm_eval_tasks)
     for b in each(runs, *BASE_FIELDS):
         tokenizer, model = load_tokenizer(b), skeleton(b)
         check_weights(local_path(b.model_name_or_path), b.model_name_or_path)

@@ -62,19 +62,22 @@ def spread(mean, sd, name:str) -> str: # '0.51 ± 0.02', without the ± where th
     return f"{number} ± {amount(sd, name) if scale == 1 else f'{sd/scale:,.1f}'}{space}{unit}"
 
 # %% ../nbs/14_report.ipynb #34491aa8
-QUALITY = ('nll', 'perplexity', 'bits_per_byte', 'token_accuracy', 'exact_match', 'source_nll', 'n_examples', 'n_tokens', 'n_generated')
-LABELS = dict(nll='NLL (nats a completion token)', perplexity='perplexity', bits_per_byte='bits per byte', token_accuracy='token accuracy', exact_match='exact match', source_nll='NLL of the text known before',
-              n_examples='examples scored', n_tokens='tokens scored', n_generated='answers generated')
+QUALITY = ('nll', 'perplexity', 'bits_per_byte', 'token_accuracy', 'exact_match', 'bleu', 'chrf', 'rouge_l', 'accuracy', 'macro_f1', 'qa_exact_match', 'qa_f1', 'qa_f1_has_answer', 'qa_f1_no_answer', 'answer_accuracy', 'source_nll',
+           'n_examples', 'n_tokens', 'n_generated', 'n_classified', 'n_cut_off')
+LABELS = dict(nll='NLL (nats a completion token)', perplexity='perplexity', bits_per_byte='bits per byte', token_accuracy='token accuracy', exact_match='exact match', bleu='BLEU', chrf='chrF', rouge_l='ROUGE-L', accuracy='accuracy of the label', macro_f1='macro F1 of the label',
+              qa_exact_match='exact match of the answer, normalised', qa_f1='F1 of the answer', qa_f1_has_answer='F1, questions with an answer', qa_f1_no_answer='F1, questions without', answer_accuracy='final answer right', source_nll='NLL of the text known before',
+              n_examples='examples scored', n_tokens='tokens scored', n_generated='answers generated', n_classified='examples labelled', n_cut_off='answers cut off at max_new_tokens')
 
 # %% ../nbs/14_report.ipynb #218af7e5
 def quality_table(metrics:dict) -> str:
     "The base's and the adapted model's metrics, side by side"
     keys = [k for k in QUALITY if f'test_{k}' in metrics]
-    return md_table([{'held-out test set': LABELS[k], 'base': amount(metrics.get(f'base_{k}'), k), 'with adapter': amount(metrics[f'test_{k}'], k)} for k in keys])
+    others = sorted(k.removeprefix('test_') for k in metrics if k.startswith('test_lm_eval_')) # named by the harness
+    return md_table([{'held-out test set': LABELS.get(k, k), 'base': amount(metrics.get(f'base_{k}'), k), 'with adapter': amount(metrics[f'test_{k}'], k)} for k in keys + others])
 
 # %% ../nbs/14_report.ipynb #ea791d20
 COSTS = dict(trainable_params='trainable parameters', total_params='parameters in all', step_s='a training step (probe)', tok_s='tokens a second (probe)', train_steps='optimizer steps',
-             base_weight_bytes="the base's weights", train_s='seconds of training alone', validation_s='seconds of validation', base_eval_s='seconds evaluating the base', test_eval_s='seconds evaluating the adapter', adapter_bytes='what was trained, on disk')
+             base_weight_bytes="the base's weights", time_to_first_step_s='seconds to the first step', train_s='seconds of training alone', epoch_s='seconds an epoch', validation_s='seconds of validation', base_eval_s='seconds evaluating the base', test_eval_s='seconds evaluating the adapter', adapter_bytes='what was trained, on disk', checkpoint_bytes='a checkpoint, on disk')
 
 # %% ../nbs/14_report.ipynb #fbd266af
 def cost_table(metrics:dict) -> str:
@@ -87,7 +90,7 @@ def cost_table(metrics:dict) -> str:
     return md_table(rows)
 
 # %% ../nbs/14_report.ipynb #588f9912
-SHOWN = dict(test_nll='NLL', test_bits_per_byte='bits/byte', test_exact_match='exact match', test_source_nll='NLL, known text', trainable_params='trainable', step_s='a step', tok_s='tokens/s', train_s='training s')
+SHOWN = dict(test_nll='NLL', test_bits_per_byte='bits/byte', test_exact_match='exact match', test_accuracy='accuracy', test_answer_accuracy='final answers', test_qa_f1='QA F1', test_rouge_l='ROUGE-L', test_source_nll='NLL, known text', trainable_params='trainable', step_s='a step', tok_s='tokens/s', train_s='training s')
 
 # %% ../nbs/14_report.ipynb #a46badac
 def peak_column(df:pd.DataFrame) -> str | None:
@@ -95,8 +98,9 @@ def peak_column(df:pd.DataFrame) -> str | None:
     return next((c for c in ('probe_peak_allocated_bytes', 'probe_peak_rss_bytes', 'probe_peak_rss_since_start_bytes') if c in df and df[c].notna().any()), None)
 
 # %% ../nbs/14_report.ipynb #a4add9c0
-BASE_DEPENDS = ('model_name_or_path', 'model_revision', 'dtype', 'dataset_name', 'dataset_config', 'dataset_revision', 'dataset_format', 'split_seed', 'test_size', 'max_length',
-                'generate_size', 'max_new_tokens', 'load_in_8bit', 'load_in_4bit', 'bnb_4bit_quant_type', 'bnb_4bit_use_double_quant', 'forgetting_dataset_name', 'forgetting_size') # fields the untouched base's numbers depend on
+BASE_DEPENDS = ('model_name_or_path', 'model_revision', 'dtype', 'dataset_name', 'dataset_path', 'dataset_config', 'dataset_revision', 'dataset_format', 'split_seed', 'test_size', 'max_length',
+                'generate_size', 'max_new_tokens', 'load_in_8bit', 'load_in_4bit', 'bnb_4bit_quant_type', 'bnb_4bit_use_double_quant', 'bnb_4bit_compute_dtype',
+                'forgetting_dataset_name', 'forgetting_size', 'lm_eval_tasks', 'lm_eval_limit') # fields the untouched base's numbers depend on
 
 # %% ../nbs/14_report.ipynb #19ca1444
 def setting_cells(values:dict, by:list) -> dict: # column → text

@@ -29,7 +29,7 @@ class Record(BaseModel):
     config: dict                        # the Run, every field
     provenance: dict[str, str | int | float | bool | None]
     metrics: dict[str, FiniteFloat]     # one number a name
-    curves: dict[str, list[dict[str, FiniteFloat]]] # train: step, loss, learning_rate; validation: step, nll
+    curves: dict[str, list[dict[str, FiniteFloat]]] # train: step, loss, learning_rate; validation: step, nll; adapter: step, a_norm, b_norm, update_norm
     adapter: list[dict]                 # spectra, one row a layer
     scores: dict[Literal['base', 'test'], list[dict]] # per example, before and after
     samples: list[dict[str, str]] = []  # answers to the suite of prompts: name, prompt, base, test

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
 from .config import Run, run_id
-from .data import batch_at, collate, encode, load_splits
+from .data import batch_at, collate, encode, load_splits, targets
 from .evaluation import evaluate, summarise, token_scores
 from .lora import check_adapted, count_parameters, load_adapter
 from .model import Unapplied, asked_base, demand, load_base, load_tokenizer, pick_device, read_base
 from .profiler import Phases, phase, probe
+from .spectra import adapter_norms
 
 # %% ../nbs/08_train.ipynb #90bf5305
 def total_steps(run:Run, n:int) -> int: # optimizer steps
@@ -85,7 +86,7 @@ class Loop:
     step: int = 0             # optimizer steps done
     seconds: float = 0.       # spent in them
     resumed_at: int = 0       # the step a checkpoint was taken up at; 0: none
-    history: dict = field(default_factory=lambda: dict(train=[], validation=[])) # step, loss, learning_rate; step, nll
+    history: dict = field(default_factory=lambda: dict(train=[], validation=[], adapter=[])) # step, loss, learning_rate; step, nll; step, a_norm, b_norm, update_norm
     def __post_init__(self):
         r = self.run
         self.params = [p for p in self.model.parameters() if p.requires_grad]
@@ -108,9 +109,8 @@ def pack(
         row = next((r for r in rows if sum(len(o.ids) for o in r) + len(e.ids) <= max_length), None)
         if row is None: rows.append([e])
         else: row.append(e)
-    hidden = lambda e: max(1, e.prompt_len) if completion_only else 1 # a first token has no token before it to be told from
     columns = dict(input_ids=(lambda k, e: e.ids, pad_id), position_ids=(lambda k, e: list(range(len(e.ids))), 0),
-                   labels=(lambda k, e: [-100]*hidden(e) + e.ids[hidden(e):], -100), attention_mask=(lambda k, e: [k + 1]*len(e.ids), 0))
+                   labels=(lambda k, e: [-100] + targets(e, completion_only)[1:], -100), attention_mask=(lambda k, e: [k + 1]*len(e.ids), 0))
     longest = max(sum(len(e.ids) for e in r) for r in rows)
     flat = lambda r, of, fill: (lambda line: line + [fill]*(longest - len(line)))([t for k, e in enumerate(r) for t in of(k, e)])
     return {name: torch.tensor([flat(r, of, fill) for r in rows]) for name, (of, fill) in columns.items()}
@@ -177,10 +177,11 @@ def optimizer_step(loop:Loop, batches:list) -> tuple: # mean loss, tokens read
 
 # %% ../nbs/08_train.ipynb #d1f24216
 def read_validation(loop:Loop, examples:list):
-    "Appends the present validation loss to the history"
+    "Appends the present validation loss, and the adapter's size, to the history"
     loop.model.eval()
     nll = summarise(token_scores(loop.model, examples, loop.pad_id, loop.run.per_device_eval_batch_size))['nll']
     loop.history['validation'].append(dict(step=loop.step, nll=nll))
+    if loop.run.use_peft: loop.history['adapter'].append(dict(step=loop.step, **adapter_norms(loop.model)))
 
 # %% ../nbs/08_train.ipynb #731cdcbc
 def train_step(loop:Loop):
