@@ -30,8 +30,10 @@ def max_statistic(
         m = flips @ x/s
         with np.errstate(divide='ignore'): return np.abs(m)/np.sqrt(np.maximum((x**2).mean(0) - m**2, 0)/(s - 1))
     error, t = x.std(0, ddof=1)/math.sqrt(s), largest(x)
-    half = error*np.nanquantile(largest(x - x.mean(0)).max(1), level)
-    rows.loc[spread, ['low', 'high', 'p']] = np.column_stack([mean[spread] - half, mean[spread] + half, (t.max(1)[:, None] >= t[0]*(1 - 1e-9)).mean(0)])
+    rows.loc[spread, 'p'] = (t.max(1)[:, None] >= t[0]*(1 - 1e-9)).mean(0)
+    if s < 3: rows.loc[spread, 'note'] = f'{s} seeds are too few for intervals that hold together'; return rows
+    half = error*np.quantile(largest(x - x.mean(0)).max(1), level, method='higher')
+    rows.loc[spread, ['low', 'high']] = np.column_stack([mean[spread] - half, mean[spread] + half])
     return rows
 
 # %% ../nbs/27_grids.ipynb #688dfe65
@@ -77,6 +79,7 @@ def crossed(
     factors:list, metric:str, seed:str='seed', # columns
 ) -> tuple: # (seeds, levels…) values; the levels of each factor
     "A full grid as an array, or one line that names the first cell that is not there"
+    if missing := [c for c in (seed, *factors, metric) if c not in df]: raise BadInput(f'{missing[0]}: no such column: expected one of {", ".join(map(str, df.columns))}')
     plain = lambda v: tuple(v) if isinstance(v, list) else v
     keys = [tuple(plain(v) for v in row) for row in df[[seed, *factors]].itertuples(index=False)]
     value = dict(zip(keys, df[metric]))

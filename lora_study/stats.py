@@ -102,7 +102,7 @@ def bca_limits(
     bias = special.ndtri(np.clip(below, 1/len(replicates), 1 - 1/len(replicates)))
     skew = (pull**3).sum()/(6*(pull**2).sum()**1.5)
     z = bias + np.array([-1, 1])*special.ndtri((1 + level)/2)*widen
-    return tuple(float(q) for q in np.quantile(replicates, special.ndtr(bias + z/(1 - skew*z))))
+    return tuple(float(q) for q in np.quantile(replicates, special.ndtr(bias + z/np.maximum(1 - skew*z, 1e-9))))
 
 # %% ../nbs/11_stats.ipynb #99b97482
 def bca_interval(

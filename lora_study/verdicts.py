@@ -172,7 +172,7 @@ def more_seeds(
 ) -> tuple: # how many or None, the same in words
     "How many more seeds would decide it"
     least = max(min_seeds - e.n, 1)
-    if not e.parts: return (least, f'at least {least} more seeds') if e.n < min_seeds else (None, 'how many more seeds it takes cannot be computed from these')
+    if not e.parts: return (least, f'at least {least} more seed{"s" if least > 1 else ""}') if e.n < min_seeds else (None, 'how many more seeds it takes cannot be computed without a spread')
     if e.parts[0][0] == 0: return None, 'the seeds show no spread to compute with'
     extra = np.arange(least, cap + 1)
     enough = chance_decided(e, e.n + extra, margin, alpha) >= chance
@@ -188,6 +188,7 @@ def aligned(a, b, names=('a', 'b')) -> tuple: # two float arrays of the same see
     if all(indexed):
         for x, name in zip((a, b), names):
             if not x.index.is_unique: raise BadInput(f'{name}: seed {x.index[x.index.duplicated()][0]} is there twice: one row a seed')
+        if a.ndim > 1 and not a.columns.equals(b.columns): raise BadInput(f'{names[0]} and {names[1]}: not the same examples: score both on one test set')
         common = sorted(set(a.index) & set(b.index))
         alone = [f'{n} alone has seed {", ".join(map(str, sorted(rest)))}' for n, rest in zip(names, (set(a.index) - set(b.index), set(b.index) - set(a.index))) if rest]
         if not common: raise BadInput(f'{names[0]} and {names[1]}: no seed in common: run both with the same seeds')
