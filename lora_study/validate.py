@@ -91,8 +91,9 @@ def wrong_layers(bench) -> int:
     for r, alpha, rs, targets in ((4, 8., False, 'all-linear'), (2, 16., False, names[:1]), (3, 5., True, names[-2:])):
         model = moved(bench.model(lora_r=r, lora_alpha=alpha, use_rslora=rs, lora_target_modules=targets))
         have, scale = {n: (m, a, b) for n, m, a, b, _ in adapted(model)}, alpha/(math.sqrt(r) if rs else r)
-        linear = {n.removeprefix('base_model.model.').removesuffix('.base_layer') for n, m in model.named_modules() if n.removesuffix('.base_layer').rpartition('.')[2] in names and '.lora_' not in n}
-        wrong += len(set(have) ^ {n for n in linear if targets == 'all-linear' or n.rpartition('.')[2] in targets})
+        wanted = {n.removeprefix('base_model.model.').removesuffix('.base_layer') for n, _ in model.named_modules() if '.lora_' not in n}
+        ends = tuple(f'.{t}' for t in (names if targets == 'all-linear' else targets))
+        wrong += len(set(have) ^ {n for n in wanted if n.endswith(ends)})
         for m, a, b in have.values():
             x = torch.randn(3, a.shape[1], generator=torch.Generator().manual_seed(0)).to(a)
             with torch.no_grad(): added = m(x) - m.get_base_layer()(x)
