@@ -7,7 +7,7 @@ __all__ = ['ALWAYS', 'WITHOUT_GPU', 'PARENT', 'import_all', 'become_kernel', 'fo
            'Parent', 'WarmProvisioner', 'parent', 'warmed']
 
 # %% ../nbs/17_warm.ipynb #fd7b8568
-import atexit, json, os, select, signal, socket, subprocess, sys, warnings
+import atexit, json, logging, os, select, signal, socket, subprocess, sys, warnings
 from importlib import import_module
 from jupyter_client.provisioning import LocalProvisioner
 
@@ -19,6 +19,7 @@ WITHOUT_GPU = ('peft', 'bitsandbytes', 'lora_study.train', 'lora_study.spectra',
 def import_all():
     "Imports what points need"
     os.environ['PYTORCH_NVML_BASED_CUDA_CHECK'] = '1'
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR) # which of its kernels it misses is no news to who runs a study
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for name in ALWAYS: import_module(name)
