@@ -106,7 +106,7 @@ def from_samsum(row:dict) -> dict:
     return dict(prompt=f"{row['dialogue']}\n\nSummary:\n", completion=row['summary'])
 
 # %% ../nbs/18_catalogue.ipynb #00d4773c
-NO_ANSWER = 'unanswerable' 
+NO_ANSWER = 'unanswerable'
 
 # %% ../nbs/18_catalogue.ipynb #a4021ffa
 def from_squad(row:dict) -> dict:
