@@ -204,6 +204,7 @@ class Study(BaseModel):
     paired: list[dict[str, Annotated[list, Field(min_length=1)]]] = [] # groups of arguments that move together
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
     max_runs: Count = 500                                        # refuse to expand beyond this
+    margin: Positive | None = None                               # the smallest difference in held-out NLL that matters, nats a token; None: 2 % of the gain
 
 # %% ../nbs/00_config.ipynb #48a1903d
 def combinations(study:Study) -> list[dict]: # argument → value, one dict a combination, seeds not included
@@ -248,7 +249,7 @@ def check_arguments(args:dict, where:str=''):
         except ValidationError as e: raise BadInput(first_problem(e, where)[1]) from None
 
 # %% ../nbs/00_config.ipynb #d60af9b8
-STUDY_KEYS = ('name', 'description', 'axes', 'paired', 'seeds', 'max_runs')
+STUDY_KEYS = ('name', 'description', 'axes', 'paired', 'seeds', 'max_runs', 'margin')
 
 # %% ../nbs/00_config.ipynb #7a768b17
 def resolved(point:Point) -> Run:
