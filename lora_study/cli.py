@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'StudyFile', 'Results', 'Override', 'Device', 'told', 'overrides', 'existing_db', 'settle_offline', 'plan',
-           'progress', 'on_sigterm', 'run', 'report_of', 'report', 'runs', 'show', 'export', 'import_', 'prepare_data',
-           'evaluate', 'validate', 'init', 'main']
+           'progress', 'on_sigterm', 'run', 'report_of', 'report', 'runs', 'show', 'export', 'import_', 'mirror',
+           'prepare_data', 'evaluate', 'validate', 'init', 'main']
 
 # %% ../nbs/15_cli.ipynb #52e932fa
 import functools, json, logging, os, signal, socket, sys
@@ -194,6 +194,22 @@ def import_(file:Annotated[Path, typer.Argument(help='A records.jsonl.')], resul
     from lora_study.tracker import import_records, open_db
     if not file.is_file(): raise BadInput(f'{file}: no such file')
     typer.echo(f"{import_records(open_db(results/'study.db'), file)} runs taken in")
+
+# %% ../nbs/15_cli.ipynb #d2ed056b
+@app.command()
+@told
+def mirror(study:Annotated[str, typer.Argument(help='A study\'s name.')], to:Annotated[str, typer.Option(help='wandb or tensorboard.')], out:Annotated[Path, typer.Option(help='The folder to write to.')],
+           project:Annotated[str, typer.Option(help='At Weights & Biases.')]='lora_study', online:Annotated[bool, typer.Option('--online', help='Send to Weights & Biases at once.')]=False, results:Results=Path('results')):
+    "Show a study's finished runs to Weights & Biases or TensorBoard."
+    from lora_study import trackers
+    kinds = dict(wandb=('wandb', lambda: trackers.Wandb(out, project, 'online' if online else 'offline')), tensorboard=('torch.utils.tensorboard', lambda: trackers.TensorBoard(out)))
+    if to not in kinds: raise BadInput(f'--to {to}: no such tracker: expected wandb or tensorboard')
+    records = list(trackers.finished_records(existing_db(results), study))
+    if not records: raise BadInput(f'{study}: no finished run: see `lora-study runs`')
+    trackers.wanted(kinds[to][0], to)
+    n = trackers.feed_all(records, kinds[to][1]())
+    typer.echo(f'{n} of {len(records)} runs shown in {out}')
+    raise typer.Exit(0 if n == len(records) else 1)
 
 # %% ../nbs/15_cli.ipynb #79d27adc
 @app.command('prepare-data')

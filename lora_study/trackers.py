@@ -10,8 +10,9 @@ __all__ = ['RULES', 'CURVES', 'WARNED', 'Mirror', 'placed', 'layer_facts', 'even
 import json, re, warnings
 from pathlib import Path
 from typing import Iterable, Protocol
+from . import tracker
 from .config import BadInput
-from .tracker import Record, read_record
+from .tracker import Record
 
 # %% ../nbs/24_trackers.ipynb #68179a7f
 class Mirror(Protocol):
@@ -74,10 +75,16 @@ def feed_all(records:Iterable[Record], mirror:Mirror) -> int: # runs shown
     return n
 
 # %% ../nbs/24_trackers.ipynb #e645180c
-def finished_records(folder) -> Iterable[Record]: # `folder`: a study's, such as results/quick
-    "The records of a study's finished runs on this machine"
-    for p in sorted(Path(folder).glob('runs/*/final/record.json')):
-        if rec := read_record(p): yield rec
+def finished_records(db, study:str) -> Iterable[Record]: # without per-example scores, which no mirror shows
+    "The records of a study's finished runs"
+    for row in db.execute("select * from runs where study=? and status='done' order by rowid", (study,)).fetchall():
+        metrics, curves = {}, {}
+        for m in db.execute('select name, step, value from metrics where study=? and run_id=? order by name, step', (study, row['run_id'])):
+            if m['step'] < 0: metrics[m['name']] = m['value']; continue
+            curve, _, name = m['name'].partition('.')
+            curves.setdefault(curve, {}).setdefault(m['step'], {'step': m['step']})[name] = m['value']
+        loads = {k: json.loads(row[k] or 'null') for k in ('config', 'provenance', 'adapter', 'warnings', 'samples')}
+        yield Record(run_id=row['run_id'], metrics=metrics, curves={c: list(p.values()) for c, p in curves.items()}, scores={}, started=row['started'], ended=row['ended'], **{k: v if v is not None else [] for k, v in loads.items()})
 
 # %% ../nbs/24_trackers.ipynb #a42cdf98
 def wanted(module:str, extra:str):

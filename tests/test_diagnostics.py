@@ -1,6 +1,7 @@
 "What validation finds, what a point says of its adapter, and what mirrors may not do."
-import json, struct, types
+import importlib.util, json, struct, types
 from contextlib import contextmanager
+from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
@@ -153,6 +154,17 @@ def test_tensorboard_reads_back_what_a_run_said(record, tmp_path):
     for step, metrics in trackers.events(record):
         for k, v in metrics.items(): expected.setdefault(k, []).append((step, pytest.approx(v, rel=1e-6)))
     assert {t: [(e.step, e.value) for e in seen.Scalars(t)] for t in seen.Tags()['scalars']} == expected
+
+def test_a_study_is_shown_to_a_mirror_from_the_database(tmp_path):
+    from lora_study.cli import app
+    from lora_study import tracker
+    ask = lambda *args: CliRunner().invoke(app, ['mirror', *args, '--out', str(tmp_path/'out'), '--results', str(tmp_path)])
+    tracker.import_records(tracker.open_db(tmp_path/'study.db'), Path(__file__).parent.parent/'results/quick/records.jsonl')
+    unknown, missing = ask('quick', '--to', 'mlflow'), ask('slow', '--to', 'wandb')
+    assert (unknown.exit_code, missing.exit_code) == (2, 2) and 'expected wandb or tensorboard' in unknown.output and 'no finished run' in missing.output
+    shown = ask('quick', '--to', 'tensorboard')
+    if importlib.util.find_spec('tensorboard') is None: assert shown.exit_code == 2 and 'pip install "lora_study[tensorboard]"' in shown.output
+    else: assert shown.exit_code == 0 and len(list((tmp_path/'out').glob('*/events*'))) == 6
 
 def logged(data, block=32768): # the records in a LevelDB log, which is what a .wandb file is behind its seven bytes of header
     at, parts = 7, []
