@@ -9,7 +9,6 @@ __all__ = ['common_choices', 'read_labels', 'labels_of', 'encode_classes', 'enco
 
 # %% ../nbs/32_classify.ipynb #fc3c67d2
 import json
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 import torch
