@@ -6,8 +6,8 @@
 __all__ = ['Count', 'Positive', 'Fraction', 'NotNegative', 'Seed', 'Layers', 'HASHES', 'EMBEDDED', 'HUB_ID', 'CONTENT',
            'STUDY_KEYS', 'BadInput', 'Run', 'unused', 'canonical', 'run_id', 'local_path', 'fingerprint',
            'world_digest', 'content_hash', 'data_path', 'data_digest', 'sealed', 'Study', 'combinations',
-           'first_problem', 'Point', 'check_arguments', 'resolved', 'expand', 'check_together', 'check_value', 'label',
-           'varied', 'Loader', 'line_of', 'read_yaml', 'read_study', 'template_file']
+           'first_problem', 'Point', 'check_arguments', 'resolved', 'expand', 'wrong_for_head', 'check_together',
+           'check_value', 'label', 'varied', 'Loader', 'line_of', 'read_yaml', 'read_study', 'template_file']
 
 # %% ../nbs/00_config.ipynb #45b22ad4
 import difflib, hashlib, itertools, json, math, re
@@ -38,6 +38,7 @@ class Run(BaseModel):
     model_config = ConfigDict(frozen=True, extra='forbid', strict=True, protected_namespaces=())
     model_name_or_path: str = 'embedded'  # `embedded`, a local folder, or a hub id
     model_revision: str = 'main'          # of a hub model
+    task_type: Literal['CAUSAL_LM', 'SEQ_CLS'] = 'CAUSAL_LM' # PEFT's: the base writes text, or a head on it tells classes apart
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto' # of the base; auto: bfloat16 on CUDA, float32 elsewhere
     dataset_name: str = 'embedded'        # `embedded`, a local file or folder, a hub id, or a short name from `catalogue.CATALOGUE`
     dataset_path: str | None = None       # a local copy of a dataset with a short name: file or folder
@@ -105,8 +106,9 @@ HASHES = dict(model_name_or_path='base_hash', dataset_name='data_hash', dataset_
 # %% ../nbs/00_config.ipynb #7e9c251c
 def unused(run:Run) -> set: # field names
     "Arguments that have no effect, given the others"
-    adapter = {f for f in Run.model_fields if f.startswith('lora')} | {'layers_to_transform', 'bias', 'init_lora_weights', 'use_rslora', 'use_dora', 'init_seed'}
-    return ((set() if run.use_peft else adapter) | (set() if run.load_in_4bit else {f for f in Run.model_fields if f.startswith('bnb_4bit_')})
+    adapter = {f for f in Run.model_fields if f.startswith('lora')} | {'layers_to_transform', 'bias', 'init_lora_weights', 'use_rslora', 'use_dora'}
+    head = run.task_type == 'SEQ_CLS' # drawn by `init_seed` too
+    return ({'generate_size', 'max_new_tokens'} if head else set()) | (set() if head or run.use_peft else {'init_seed'}) | ((set() if run.use_peft else adapter) | (set() if run.load_in_4bit else {f for f in Run.model_fields if f.startswith('bnb_4bit_')})
             | (set() if run.forgetting_dataset_name else {'forgetting_size'}) | {f for f in ('init_seed', 'data_seed') if getattr(run, f) == run.seed}
             | ({'dataset_config', 'dataset_revision'} if run.dataset_path else set()) | (set() if run.lm_eval_tasks else {'lm_eval_limit'}))
 
@@ -279,14 +281,23 @@ def expand(study:Study) -> list[Run]: # each once, in file order, seeds innermos
     runs = [sealed(resolved(p)) for p in points]
     return list({run_id(r): r for r in runs}.values())
 
+# %% ../nbs/00_config.ipynb #78cc1648
+def wrong_for_head(run:Run) -> str | None: # field = value
+    "The first argument that asks a classifying head for text"
+    texts = ('completion_only_loss', 'packing', 'max_new_tokens', 'generate_size', 'answer_suite', 'lm_eval_tasks', 'lm_eval_limit', 'forgetting_dataset_name')
+    asked = {f: getattr(run, f) for f in texts if getattr(run, f) != Run.model_fields[f].default}
+    return next((f'{f} = {v!r}' for f, v in asked.items() if (f, v) != ('generate_size', 0)), None)
+
 # %% ../nbs/00_config.ipynb #d5ab812e
 def check_together(run:Run):
     "Raises BadInput for a run that contradicts itself"
     if run.dataset_path and run.dataset_name not in CATALOGUE: raise BadInput(f'dataset_path: dataset_name = {run.dataset_name!r} is no short name: expected one of {", ".join(CATALOGUE)}: or give the path as dataset_name')
     low = 'load_in_4bit' if run.load_in_4bit else 'load_in_8bit' if run.load_in_8bit else None
     moved = f'init_lora_weights = {run.init_lora_weights!r}' if run.use_peft and run.init_lora_weights in ('pissa', 'olora', 'loftq') else None # takes the adapter's start out of the base
+    writes = wrong_for_head(run) if run.task_type == 'SEQ_CLS' else None
     dora, trains = run.use_peft and run.use_dora, 'use_peft: false' if not run.use_peft else f'bias = {run.bias!r}'
-    rules = {'load_in_4bit: true, and load_in_8bit too: expected one of them: remove the other': run.load_in_4bit and run.load_in_8bit,
+    rules = {f"{writes}, which is for a base that writes text, with task_type = 'SEQ_CLS', whose head tells classes apart: remove it": writes,
+             'load_in_4bit: true, and load_in_8bit too: expected one of them: remove the other': run.load_in_4bit and run.load_in_8bit,
              'use_peft: false on a quantized base, whose weights cannot train: remove load_in_4bit and load_in_8bit': low and not run.use_peft,
              f"{trains} with dtype float16, in which AdamW's epsilon is zero: use float32 or bfloat16": run.dtype == 'float16' and (not run.use_peft or run.bias != 'none'),
              f'{moved} with {low}, which has rounded the weights it changes: use true or gaussian': moved and low,

@@ -225,6 +225,7 @@ class Example:
     references: tuple = () # every right answer; empty: the completion alone
     choices: dict = field(default_factory=dict) # label → its tokens, where the row is to be classified
     score: str = 'text'    # how a generated answer is judged, from `catalogue.SCORES`
+    label: int | None = None # the class, where a head is to name it: ids are the prompt alone then
 
 # %% ../nbs/01_data.ipynb #b093296f
 def opening(tokenizer) -> list: # tokens
@@ -359,10 +360,10 @@ def collate(
     examples:list,  # of `Example`
     pad_id:int,
     completion_only:bool=True, # labels on completions alone
-) -> dict: # input_ids, attention_mask, labels: (batch, longest) int64
+) -> dict: # input_ids, attention_mask, labels: (batch, longest) int64; labels: (batch,) where a head is to name a class
     "Examples as one right-padded batch; labels of −100 are not scored"
     longest = max(len(e.ids) for e in examples)
     pad = lambda ids, fill: ids + [fill]*(longest - len(ids))
-    labels = [targets(e, completion_only) for e in examples]
-    return dict(input_ids=torch.tensor([pad(e.ids, pad_id) for e in examples]), labels=torch.tensor([pad(l, -100) for l in labels]),
+    labels = [pad(targets(e, completion_only), -100) if e.label is None else e.label for e in examples]
+    return dict(input_ids=torch.tensor([pad(e.ids, pad_id) for e in examples]), labels=torch.tensor(labels),
                 attention_mask=torch.tensor([pad([1]*len(e.ids), 0) for e in examples]))

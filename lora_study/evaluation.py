@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from .catalogue import instruction_prompt
+from .classify import class_scores
 from .data import Example, collate, encode
 from .scores import judge, overall
 
@@ -22,7 +23,8 @@ def token_scores(
     pad_id:int,
     batch_size:int=64,
 ) -> list[dict]: # nll (nats, summed), tokens, correct_tokens, bytes; one dict an example
-    "Scores of each completion under a model, teacher-forced"
+    "Scores of each completion under a model, teacher-forced; of its class, where a head is to name it"
+    if examples and examples[0].label is not None: return class_scores(model, examples, pad_id, batch_size)
     out, device = [None]*len(examples), next(model.parameters()).device
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     for k in range(0, len(order), batch_size):
@@ -83,8 +85,8 @@ def evaluate(
     batch_size:int=64,
 ) -> list[dict]: # one an example: token scores, task, prediction, exact (0 or 1), and what its kind is judged by
     "Everything measured about each example"
-    rows = [dict(example=e.row, task=e.task, **r, prediction=None, exact=None) for e, r in zip(examples, token_scores(model, examples, tokenizer.pad_token_id, batch_size))]
-    classed, asked = [i for i, e in enumerate(examples) if e.choices], [i for i, e in enumerate(examples[:n_generate]) if e.prompt and not e.choices]
+    rows = [dict(example=e.row, task=e.task, prediction=None, exact=None) | r for e, r in zip(examples, token_scores(model, examples, tokenizer.pad_token_id, batch_size))]
+    classed, asked = [i for i, e in enumerate(examples) if e.choices and e.label is None], [i for i, e in enumerate(examples[:n_generate]) if e.prompt and not e.choices]
     for i, logp in zip(classed, label_scores(model, [examples[i] for i in classed], tokenizer.pad_token_id, batch_size)):
         label, best = examples[i].completion, max(logp, key=logp.get)
         rows[i] |= dict(prediction=best, label=label, correct=int(best == label), choices=logp)
@@ -96,6 +98,7 @@ def evaluate(
 # %% ../nbs/05_evaluation.ipynb #6548fd34
 def summarise(rows:list[dict]) -> dict: # nll, perplexity, bits_per_byte, token_accuracy; exact_match and the scores of answers and labels, where there are any; with their n
     "The metrics of an evaluation"
+    if all(r['bytes'] is None for r in rows): return dict(nll=sum(r['nll'] for r in rows)/len(rows), n_examples=len(rows)) | overall(rows) # a head's: nats an example
     nll, tokens, n_bytes = (sum(r[k] for r in rows) for k in ('nll', 'tokens', 'bytes'))
     out = dict(nll=nll/tokens, perplexity=math.exp(min(nll/tokens, 700)), bits_per_byte=nll/math.log(2)/n_bytes,
                token_accuracy=sum(r['correct_tokens'] for r in rows)/tokens, n_examples=len(rows), n_tokens=tokens)

@@ -19,6 +19,7 @@ from peft import LoftQConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from .classify import check_classes, head_parameters, heads, labels_of, save_classes
 from .config import BadInput, Point, Run, content_hash
 from .model import Linear, demand, linear_layers, place, size, skeleton
 
@@ -99,7 +100,7 @@ def peft_targets(run:Run, model:nn.Module) -> dict: # target_modules, layers_to_
 def trained_biases(run:Run, model:nn.Module) -> list[str]: # names of parameters
     "The base's biases that train with the adapter"
     if run.bias == 'none': return []
-    if run.bias == 'all': return [n for n, _ in model.named_parameters() if 'bias' in n] # as PEFT has it
+    if run.bias == 'all': return [n for n, _ in model.named_parameters() if 'bias' in n and n not in head_parameters(model)] # as PEFT has it
     return [f'{l.name}.bias' for l in chosen_layers(run, model) if l.bias]
 
 # %% ../nbs/03_lora.ipynb #0ba38913
@@ -107,19 +108,19 @@ def planned_parameters(run:Run, model:nn.Module, r:int|None=None) -> int: # r: i
     "Parameters that will train, from shapes alone"
     chosen, sizes = chosen_layers(run, model), dict(model.named_parameters())
     pairs = (run.lora_r if r is None else r) * sum(l.inputs + l.outputs for l in chosen)
-    return pairs + sum(l.outputs for l in chosen if run.use_dora) + sum(sizes[n].numel() for n in trained_biases(run, model))
+    return pairs + sum(l.outputs for l in chosen if run.use_dora) + sum(sizes[n].numel() for n in (*trained_biases(run, model), *head_parameters(model)))
 
 # %% ../nbs/03_lora.ipynb #c9766e45
 @cache
-def shapes_of(name:str, revision:str, content:str) -> nn.Module: # on the meta device
+def shapes_of(name:str, revision:str, content:str, labels:tuple=()) -> nn.Module: # on the meta device; labels: of the classes a head tells apart
     "A base's skeleton, built once a process for each content"
-    return skeleton(Run(model_name_or_path=name, model_revision=revision))
+    return skeleton(Run(model_name_or_path=name, model_revision=revision, task_type='SEQ_CLS' if labels else 'CAUSAL_LM'), labels)
 
 # %% ../nbs/03_lora.ipynb #a9dc3c42
 def rank_for(point:Point, near:float=.03) -> int: # near: how far from the budget the count may be
     "The rank that gives a placement its budget of trainable parameters"
     name, budget = point.model_name_or_path, point.lora_budget
-    model = shapes_of(name, point.model_revision, content_hash(name, 'model_name_or_path', hub='hub'))
+    model = shapes_of(name, point.model_revision, content_hash(name, 'model_name_or_path', hub='hub'), labels_of(point))
     count = lambda r: planned_parameters(point, model, r)
     below = max(1, int((budget - count(0)) // (count(1) - count(0))))
     best = min((below, below + 1), key=lambda r: abs(count(r) - budget))
@@ -140,6 +141,7 @@ def check_adapter(run:Run, model:nn.Module):
     chosen = chosen_layers(run, model)
     low = min(chosen, key=lambda l: min(l.inputs, l.outputs))
     if run.lora_r > (side := min(low.inputs, low.outputs)): raise BadInput(f"lora_r = {run.lora_r} exceeds {low.last}'s smaller side {side}: lower it, or drop {low.last} from lora_target_modules")
+    if run.task_type == 'SEQ_CLS' and (on := [l.name for l in chosen if l.kind == 'head']): raise BadInput(f"lora_target_modules: {on[0]} is the head, which trains in full with task_type SEQ_CLS: drop it")
     if run.bias != 'none' and not trained_biases(run, model): raise BadInput(f'bias = {run.bias!r}: the base has no bias there: use none')
     start = run.init_lora_weights if run.init_lora_weights in ('pissa', 'olora', 'loftq') else None
     if start and tied_head(model) and any(l.kind == 'head' for l in chosen):
@@ -171,8 +173,9 @@ def adapter_config(run:Run, model:nn.Module) -> LoraConfig:
     "A run's adapter, in PEFT's words"
     extra = dict(loftq_config=LoftQConfig()) if run.init_lora_weights == 'loftq' else {}
     turned = any(isinstance(model.get_submodule(l.name), Conv1D) for l in chosen_layers(run, model))
+    beside = [h for h in heads(model) if not h.endswith(('score', 'classifier'))] # these two PEFT adds itself
     return LoraConfig(r=run.lora_r, lora_alpha=run.lora_alpha, lora_dropout=run.lora_dropout, use_rslora=run.use_rslora, use_dora=run.use_dora, bias=run.bias,
-                      init_lora_weights=run.init_lora_weights, fan_in_fan_out=turned, task_type='CAUSAL_LM', **peft_targets(run, model), **extra)
+                      init_lora_weights=run.init_lora_weights, fan_in_fan_out=turned, task_type=run.task_type, modules_to_save=beside or None, **peft_targets(run, model), **extra)
 
 # %% ../nbs/03_lora.ipynb #2a09485c
 def adapter_tensors(model:nn.Module) -> dict: # name → tensor, copied
@@ -190,7 +193,7 @@ def asked_adapter(run:Run, model:nn.Module) -> dict: # what `read_adapter` shoul
     "The adapter a run asks for, on a base that does not have it yet"
     scaling = run.lora_alpha / (math.sqrt(run.lora_r) if run.use_rslora else run.lora_r)
     return dict(lora_r=run.lora_r, scaling=float(scaling), lora_dropout=float(run.lora_dropout), use_dora=run.use_dora,
-                adapted=where([(l.layer, l.inside) for l in chosen_layers(run, model)]), biases=' '.join(sorted(trained_biases(run, model))),
+                adapted=where([(l.layer, l.inside) for l in chosen_layers(run, model)]), biases=' '.join(sorted(trained_biases(run, model))), head=' '.join(sorted(head_parameters(model))),
                 trainable_params=planned_parameters(run, model), init_seed=run.seed if run.init_seed is None else run.init_seed)
 
 # %% ../nbs/03_lora.ipynb #5309468c
@@ -243,11 +246,13 @@ def starts_as(model:nn.Module, init) -> bool: # init: as `init_lora_weights` has
 # %% ../nbs/03_lora.ipynb #09a827b3
 def read_adapter(model:nn.Module) -> dict: # see `asked_adapter`
     "An adapter, from its modules and tensors"
-    layers, train = adapter_layers(model), {n: p for n, p in model.named_parameters() if p.requires_grad}
+    layers, train = adapter_layers(model), {n.removeprefix('base_model.model.').replace('.base_layer', ''): p for n, p in model.named_parameters() if p.requires_grad}
+    whole = '.modules_to_save.default' # PEFT's copy of what trains in full
     one = lambda values: (lambda s: s[0] if len(s) == 1 else str(s))(sorted(set(values)))
     return dict(lora_r=one(len(m.lora_A['default'].weight) for m in layers.values()), scaling=one(float(m.scaling['default']) for m in layers.values()),
                 lora_dropout=one(float(getattr(m.lora_dropout['default'], 'p', 0)) for m in layers.values()), use_dora=one('default' in m.lora_magnitude_vector for m in layers.values()),
-                adapted=where([place(n) for n in layers]), biases=' '.join(sorted(n.removeprefix('base_model.model.').replace('.base_layer', '') for n in train if 'lora_' not in n)),
+                adapted=where([place(n) for n in layers]), biases=' '.join(sorted(n for n in train if 'lora_' not in n and whole not in n)),
+                head=' '.join(sorted(n.replace(whole, '') for n in train if whole in n)),
                 trainable_params=sum(p.numel() for p in train.values()), init_seed=model.init_seed)
 
 # %% ../nbs/03_lora.ipynb #b4072212
@@ -286,8 +291,10 @@ def save_adapter(model:PeftModel, folder, run:Run) -> int: # bytes on disk
     cfg['base_model_name_or_path'] = run.model_name_or_path
     if start: cfg |= dict(r=2*cfg['r'], lora_alpha=cfg['lora_alpha']*(math.sqrt(2) if cfg['use_rslora'] else 2), init_lora_weights=True)
     if isinstance(cfg['target_modules'], list): cfg['target_modules'] = sorted(cfg['target_modules'])
+    if cfg['modules_to_save']: cfg['modules_to_save'] = sorted({*cfg['modules_to_save']})
     f.write_text(json.dumps(cfg, indent=2, sort_keys=True) + '\n')
-    return sum(p.stat().st_size for p in folder.iterdir())
+    if run.task_type == 'SEQ_CLS': save_classes(model.config, folder)
+    return sum(p.stat().st_size for p in folder.glob('adapter_*'))
 
 # %% ../nbs/03_lora.ipynb #cb6f3a5c
 def save_trained(model:nn.Module, folder, run:Run) -> int: # bytes on disk
@@ -305,6 +312,7 @@ def load_adapter(
     folder = Path(folder)
     if not (folder/'adapter_config.json').is_file(): raise BadInput(f'{folder}: has no adapter_config.json: expected a PEFT adapter folder')
     if not (folder/'adapter_model.safetensors').is_file(): raise BadInput(f'{folder}: has no adapter_model.safetensors: pickled weights are not read: save them as safetensors')
+    if heads(model): check_classes(model.config, folder)
     try: return PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
     except (RuntimeError, ValueError) as e:
         raise BadInput(f'{folder}: does not fit the base: {" ".join(str(e).split())[:200]}: name the base it was trained on') from None
@@ -345,12 +353,12 @@ def merged(
 def scored_logits(
     model:nn.Module,
     batches:list, # from data.collate
-) -> tuple: # logits (n, vocabulary), float32 on the CPU; labels (n,)
+) -> tuple: # logits (n, vocabulary or classes), float32 on the CPU; labels (n,)
     "What a model predicts wherever there is a label"
     device, logits, labels = next(model.parameters()).device, [], []
     for b in batches:
-        y = b['labels'][:, 1:]
-        out = model(input_ids=b['input_ids'].to(device), attention_mask=b['attention_mask'].to(device)).logits[:, :-1]
+        out, y = model(input_ids=b['input_ids'].to(device), attention_mask=b['attention_mask'].to(device)).logits, b['labels']
+        if y.ndim == 2: out, y = out[:, :-1], y[:, 1:] # a token's logits are about the next; a head's about the row
         logits.append(out[(y != -100).to(device)].float().cpu()); labels.append(y[y != -100])
     return torch.cat(logits), torch.cat(labels)
 
@@ -385,7 +393,7 @@ def parameter_table(model:nn.Module) -> list[dict]: # layer (None outside the st
     "What trains, by layer and module"
     rows = {}
     for name, p in model.named_parameters():
-        parts = re.sub(r'\.(lora_\w+\.[^.]+|base_layer|weight|bias)(?=\.|$)', '', '.' + name).split('.')
+        parts = re.sub(r'\.((lora_\w+|modules_to_save)\.[^.]+|original_module|base_layer|weight|bias)(?=\.|$)', '', '.' + name).split('.')
         row = rows.setdefault((next((int(x) for x in parts if x.isdigit()), None), parts[-1]), [0, 0])
         row[0] += p.numel() if p.requires_grad else 0; row[1] += size(p)
     return [dict(layer=layer, module=module, trainable_params=t, total_params=n, trainable_share=t/n) for (layer, module), (t, n) in rows.items()]
@@ -393,4 +401,4 @@ def parameter_table(model:nn.Module) -> list[dict]: # layer (None outside the st
 # %% ../nbs/03_lora.ipynb #6858f3d2
 def not_frozen(model:nn.Module) -> list[str]:
     "Parameters outside the adapter that ask for a gradient or have one"
-    return [n for n, p in model.named_parameters() if 'lora_' not in n and (p.requires_grad or p.grad is not None)]
+    return [n for n, p in model.named_parameters() if 'lora_' not in n and 'modules_to_save' not in n and (p.requires_grad or p.grad is not None)]

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'pick_device', 'pick_dtype', 'base_dtype', 'check_device', 'source', 'refused', 'load_tokenizer',
-           'quantization', 'load_base', 'skeleton', 'Linear', 'place', 'linear_layers', 'Facts', 'size', 'facts',
-           'weight_bytes', 'state_tensors', 'Unapplied', 'demand', 'quantized_as', 'read_base', 'asked_base']
+           'quantization', 'load_headed', 'load_base', 'skeleton', 'Linear', 'place', 'linear_layers', 'Facts', 'size',
+           'facts', 'weight_bytes', 'state_tensors', 'Unapplied', 'demand', 'quantized_as', 'read_base', 'asked_base']
 
 # %% ../nbs/02_model.ipynb #810c6db4
 import math, re
 from dataclasses import dataclass
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
+from .classify import check_missing, exact_heads, head_config, heads, labels_of
 from .config import BadInput, Run, local_path
 
 # %% ../nbs/02_model.ipynb #97ace639
@@ -61,17 +62,29 @@ def load_tokenizer(run:Run):
     where, kw = source(run)
     try: tokenizer = AutoTokenizer.from_pretrained(where, **kw)
     except Exception as e: raise refused(run, e) from None
-    if tokenizer.eos_token is None: raise BadInput(f'model_name_or_path = {run.model_name_or_path!r}: its tokenizer has no end token: expected eos_token in tokenizer_config.json')
+    if tokenizer.eos_token is None and (run.task_type == 'CAUSAL_LM' or tokenizer.pad_token is None):
+        raise BadInput(f'model_name_or_path = {run.model_name_or_path!r}: its tokenizer has no end token: expected eos_token in tokenizer_config.json, or an encoder with task_type SEQ_CLS')
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 # %% ../nbs/02_model.ipynb #b3ab0ef2
 def quantization(run:Run, dtype:torch.dtype) -> BitsAndBytesConfig | None:
     "How the base's linear layers are stored, if not in `dtype`"
-    if run.load_in_8bit: return BitsAndBytesConfig(load_in_8bit=True)
+    skip = dict(llm_int8_skip_modules=heads(skeleton(run))) if run.task_type == 'SEQ_CLS' else {} # what trains in full
+    if run.load_in_8bit: return BitsAndBytesConfig(load_in_8bit=True, **skip)
     compute = dtype if run.bnb_4bit_compute_dtype == 'auto' else getattr(torch, run.bnb_4bit_compute_dtype)
     if run.load_in_4bit: return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute, bnb_4bit_quant_type=run.bnb_4bit_quant_type,
-                                                   bnb_4bit_use_double_quant=run.bnb_4bit_use_double_quant)
+                                                   bnb_4bit_use_double_quant=run.bnb_4bit_use_double_quant, **skip)
+
+# %% ../nbs/02_model.ipynb #f8c3933f
+def load_headed(run:Run, device:torch.device, where:str, **kw) -> nn.Module: # kw: for from_pretrained
+    "A base with a head for the data's classes; one its files do not hold is drawn by `init_seed`"
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+        torch.manual_seed(run.seed if run.init_seed is None else run.init_seed)
+        model, found = AutoModelForSequenceClassification.from_pretrained(where, output_loading_info=True, **head_config(labels_of(run)), **kw)
+    check_missing(run.model_name_or_path, model, found['missing_keys'])
+    for c in {id(c): c for c in (model.config, model.config.get_text_config())}.values(): c.pad_token_id = load_tokenizer(run).pad_token_id # set now: an embedding built with it would not train that row
+    return exact_heads(model)
 
 # %% ../nbs/02_model.ipynb #53da5fbb
 def load_base(
@@ -82,7 +95,9 @@ def load_base(
     check_device(run, device)
     (where, kw), dtype = source(run), base_dtype(run, device)
     if quantized := quantization(run, dtype): kw |= dict(quantization_config=quantized, device_map={'': device})
-    try: model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, **kw)
+    load = load_headed if run.task_type == 'SEQ_CLS' else lambda run, device, *where, **kw: AutoModelForCausalLM.from_pretrained(*where, **kw)
+    try: model = load(run, device, where, dtype=dtype, use_safetensors=True, **kw)
+    except BadInput: raise
     except Exception as e: raise refused(run, e) from None
     room = getattr(model.config, 'max_position_embeddings', None)
     if room and run.max_length > room: raise BadInput(f'max_length = {run.max_length}: the base has {room} positions: lower it')
@@ -91,12 +106,16 @@ def load_base(
     return (model if quantized else model.to(device)).requires_grad_(False).eval()
 
 # %% ../nbs/02_model.ipynb #4bb97dcc
-def skeleton(run:Run) -> nn.Module: # on the meta device
+def skeleton(
+    run:Run,
+    labels:tuple=(), # of a head's classes, where they are known already
+) -> nn.Module: # on the meta device
     "A run's base without its weights"
-    where, kw = source(run)
+    (where, kw), head = source(run), run.task_type == 'SEQ_CLS'
+    labels = labels or labels_of(run)
     try:
-        config = AutoConfig.from_pretrained(where, **kw)
-        with torch.device('meta'): return AutoModelForCausalLM.from_config(config)
+        config = AutoConfig.from_pretrained(where, **kw | (head_config(labels) if head else {}))
+        with torch.device('meta'): return (AutoModelForSequenceClassification if head else AutoModelForCausalLM).from_config(config)
     except Exception as e: raise refused(run, e) from None
 
 # %% ../nbs/02_model.ipynb #30e04908
@@ -125,11 +144,11 @@ def place(name:str) -> tuple: # layer's number or None, name within it
 # %% ../nbs/02_model.ipynb #172e609a
 def linear_layers(model:nn.Module) -> list[Linear]:
     "The linear layers of a base, in the model's order"
-    head, out = model.get_output_embeddings(), []
+    head, out, classifying = model.get_output_embeddings(), [], heads(model)
     for name, m in model.named_modules():
         if not isinstance(m, (nn.Linear, Conv1D)): continue
         layer, inside = place(name)
-        kind = 'head' if m is head else 'other' if layer is None else next((k for k, p in KINDS.items() if re.search(p, inside)), 'other')
+        kind = 'head' if m is head or name.partition('.')[0] in classifying else 'other' if layer is None else next((k for k, p in KINDS.items() if re.search(p, inside)), 'other')
         inputs, outputs = m.weight.shape if isinstance(m, Conv1D) else (m.in_features, m.out_features)
         out.append(Linear(name, layer, inside, inputs, outputs, m.bias is not None, kind))
     return out

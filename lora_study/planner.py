@@ -8,8 +8,9 @@ __all__ = ['BASE_FIELDS', 'DATA_FIELDS', 'check_weights', 'each', 'preflight']
 # %% ../nbs/09_planner.ipynb #c8c8fe8e
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
+from .classify import encoded
 from .config import BadInput, Run, Study, expand, local_path
-from .data import encode, load_splits, load_text
+from .data import load_splits, load_text
 from .harness import find_tasks
 from .lora import check_fits
 from .model import check_device, load_tokenizer, pick_device, skeleton
@@ -33,7 +34,7 @@ def each(runs:list, *fields) -> list[Run]: # one run for each distinct combinati
     return list({str([getattr(r, f) for f in fields]): r for r in runs}.values())
 
 # %% ../nbs/09_planner.ipynb #ecb803ec
-BASE_FIELDS = ('model_name_or_path', 'model_revision')
+BASE_FIELDS = ('model_name_or_path', 'model_revision', 'task_type')
 DATA_FIELDS = ('dataset_name', 'dataset_path', 'dataset_config', 'dataset_revision', 'dataset_format', 'split_seed', 'train_size', 'validation_size', 'test_size')
 
 # %% ../nbs/09_planner.ipynb #61365074
@@ -53,7 +54,7 @@ def preflight(study:Study, device:str='auto') -> list: # warnings, one line each
         tokenizer, model = load_tokenizer(b), skeleton(b)
         check_weights(local_path(b.model_name_or_path), b.model_name_or_path)
         room, mine = getattr(model.config, 'max_position_embeddings', None), [r for r in runs if all(getattr(r, f) == getattr(b, f) for f in BASE_FIELDS)]
-        for r in each(mine, 'max_length', *DATA_FIELDS): encode(splits[str([getattr(r, f) for f in DATA_FIELDS])].test[:300], tokenizer, r.max_length)
+        for r in each(mine, 'max_length', *DATA_FIELDS): encoded(r, splits[str([getattr(r, f) for f in DATA_FIELDS])].test[:300], tokenizer)
         for r in mine:
             check_fits(r, model)
             if room and r.max_length > room: raise BadInput(f'max_length = {r.max_length}: the base has {room} positions: lower it')

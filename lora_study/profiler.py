@@ -155,26 +155,27 @@ def timed_answer(
     model,
     ids:torch.Tensor, # (batch, length) prompts, on the model's device
     new_tokens:int,   # after the first
-) -> tuple: # seconds of the prefill, seconds a token after it, tokens (batch, 1 + new_tokens)
+) -> tuple: # seconds of the prefill, seconds a token after it (None: no tokens asked for), tokens (batch, 1 + new_tokens)
     "Greedy decoding on a clock"
     forward = (model.get_base_model() if hasattr(model, 'get_base_model') else model).forward
     keep = dict(logits_to_keep=1) if 'logits_to_keep' in inspect.signature(forward).parameters else {}
     wait = (lambda: torch.cuda.synchronize(ids.device)) if ids.device.type == 'cuda' else lambda: None
+    if new_tokens: keep['use_cache'] = True
     wait(); start = time.perf_counter()
-    out = model(input_ids=ids, use_cache=True, **keep)
+    out = model(input_ids=ids, **keep)
     said = [out.logits[:, -1:].argmax(-1)]
     wait(); first = time.perf_counter()
     for _ in range(new_tokens):
         out = model(input_ids=said[-1], past_key_values=out.past_key_values, use_cache=True)
         said.append(out.logits[:, -1:].argmax(-1))
     wait()
-    return first - start, (time.perf_counter() - first)/new_tokens, torch.cat(said, 1)
+    return first - start, (time.perf_counter() - first)/new_tokens if new_tokens else None, torch.cat(said, -1)
 
 # %% ../nbs/04_profiler.ipynb #a7706bd0
 def latency(
     models:dict,             # name → model, all on one device
     batch_sizes=(1, 8), lengths=(32, 128), # of the prompts; every pair is measured
-    new_tokens:int=8,
+    new_tokens:int=8,        # after the first; 0: one pass and no more, as a classifying head takes
     rounds:int=5,            # kept, after one of warm-up
     seed:int=0,              # of the prompts, which are random tokens
 ) -> list[dict]: # round, model, batch_size, length, prefill_s, token_s; one dict a reading
@@ -196,12 +197,13 @@ def latency_table(
 ) -> list[dict]: # model, batch_size, length, prefill_s, token_s (medians), tok_s (new tokens of the whole batch), then <time>_ratio, _low and _high against the reference
     "Medians, and paired ratios to a reference"
     groups, out = {}, []
+    times = [t for t in ('prefill', 'token') if readings and readings[0][f'{t}_s'] is not None]
     for r in readings: groups.setdefault((r['batch_size'], r['length'], r['model']), {})[r['round']] = r
     for b, n, name in sorted(groups, key=lambda g: (g[0], g[1], g[2] != reference)):
         mine = groups[b, n, name]
-        row = dict(model=name, batch_size=b, length=n) | {t: median(r[t] for r in mine.values()) for t in ('prefill_s', 'token_s')}
-        row['tok_s'] = b/row['token_s']
-        for t in ('prefill', 'token'):
+        row = dict(model=name, batch_size=b, length=n) | {f'{t}_s': median(r[f'{t}_s'] for r in mine.values()) for t in times}
+        if 'token' in times: row['tok_s'] = b/row['token_s']
+        for t in times:
             ratios = [r[f'{t}_s']/groups[b, n, reference][k][f'{t}_s'] for k, r in mine.items()]
             row |= {f'{t}_ratio': median(ratios), f'{t}_ratio_low': min(ratios), f'{t}_ratio_high': max(ratios)}
         out.append(row)

@@ -72,8 +72,10 @@ LABELS = dict(nll='NLL (nats a completion token)', perplexity='perplexity', bits
 def quality_table(metrics:dict) -> str:
     "The base's and the adapted model's metrics, side by side"
     keys = [k for k in QUALITY if f'test_{k}' in metrics]
+    head = 'test_n_classified' in metrics and 'test_n_tokens' not in metrics
+    said = LABELS | (dict(nll='NLL (nats an example)') if head else {})
     others = sorted(k.removeprefix('test_') for k in metrics if k.startswith('test_lm_eval_')) # named by the harness
-    return md_table([{'held-out test set': LABELS.get(k, k), 'base': amount(metrics.get(f'base_{k}'), k), 'with adapter': amount(metrics[f'test_{k}'], k)} for k in keys + others])
+    return md_table([{'held-out test set': said.get(k, k), 'base': amount(metrics.get(f'base_{k}'), k), 'with adapter': amount(metrics[f'test_{k}'], k)} for k in keys + others])
 
 # %% ../nbs/14_report.ipynb #ea791d20
 COSTS = dict(trainable_params='trainable parameters', total_params='parameters in all', step_s='a training step (probe)', tok_s='tokens a second (probe)', train_steps='optimizer steps',
@@ -98,7 +100,7 @@ def peak_column(df:pd.DataFrame) -> str | None:
     return next((c for c in ('probe_peak_allocated_bytes', 'probe_peak_rss_bytes', 'probe_peak_rss_since_start_bytes') if c in df and df[c].notna().any()), None)
 
 # %% ../nbs/14_report.ipynb #a4add9c0
-BASE_DEPENDS = ('model_name_or_path', 'model_revision', 'dtype', 'dataset_name', 'dataset_path', 'dataset_config', 'dataset_revision', 'dataset_format', 'split_seed', 'test_size', 'max_length',
+BASE_DEPENDS = ('model_name_or_path', 'model_revision', 'task_type', 'dtype', 'dataset_name', 'dataset_path', 'dataset_config', 'dataset_revision', 'dataset_format', 'split_seed', 'test_size', 'max_length',
                 'generate_size', 'max_new_tokens', 'load_in_8bit', 'load_in_4bit', 'bnb_4bit_quant_type', 'bnb_4bit_use_double_quant', 'bnb_4bit_compute_dtype',
                 'forgetting_dataset_name', 'forgetting_size', 'lm_eval_tasks', 'lm_eval_limit') # fields the untouched base's numbers depend on
 
@@ -155,7 +157,7 @@ def save_figures(df:pd.DataFrame, by:list, folder:Path) -> list: # (file name, c
     return [(name, caption) for name, caption, _ in figs]
 
 # %% ../nbs/14_report.ipynb #478694a3
-READING = """The spread is the sample standard deviation over seeds (n in the table); with one seed there is none. NLL is in nats a completion token on held-out test
+READING = """The spread is the sample standard deviation over seeds (n in the table); with one seed there is none. NLL is in nats a completion token (with `task_type: SEQ_CLS`: nats an example) on held-out test
 rows and is the endpoint; exact match is the share of greedily generated answers equal to the reference. Step time, tokens a second and peak memory come from a warm probe before
 training, training time holds no evaluation. A difference smaller than the spreads is no finding."""
 

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
+from .classify import adapter_task, asked_head, encoded, read_head
 from .config import Run, run_id
-from .data import batch_at, collate, encode, load_splits, targets
+from .data import batch_at, collate, load_splits, targets
 from .evaluation import evaluate, summarise, token_scores
 from .lora import check_adapted, count_parameters, load_adapter
 from .model import Unapplied, asked_base, demand, load_base, load_tokenizer, pick_device, read_base
@@ -142,11 +143,12 @@ class Diverged(ArithmeticError):
     "The loss stopped being a number"
 
 # %% ../nbs/08_train.ipynb #05829c0e
-def summed_loss(model, batch:dict) -> torch.Tensor: # nats, summed over scored tokens
+def summed_loss(model, batch:dict) -> torch.Tensor: # nats, summed over scored tokens, or over classes
     "Negative log-likelihood of a batch, logits only widened where a label is"
+    inputs = {k: t for k, t in batch.items() if k != 'labels'}
+    if batch['labels'].ndim == 1: return F.cross_entropy(model(**inputs).logits.float(), batch['labels'], reduction='sum')
     labels = batch['labels'][:, 1:]
     scored = labels != -100
-    inputs = {k: t for k, t in batch.items() if k != 'labels'}
     if 'position_ids' in inputs: inputs['attention_mask'] = apart(inputs['attention_mask'], model.dtype)
     logits = model(**inputs).logits[:, :-1][scored]
     return F.cross_entropy(logits.float(), labels[scored], reduction='sum')
@@ -157,7 +159,7 @@ def backward(
     batches:list, # micro-batches of one optimizer step
 ) -> tuple: # mean loss in nats, tokens read (padding not counted)
     "Accumulates the gradients of one optimizer step"
-    scored = sum((b['labels'][:, 1:] != -100).sum().item() for b in batches)
+    scored = sum(b['labels'].numel() if b['labels'].ndim == 1 else (b['labels'][:, 1:] != -100).sum().item() for b in batches)
     total = 0.
     for b in batches:
         loss = summed_loss(loop.model, {k: t.to(loop.device) for k, t in b.items()}) / scored
@@ -314,7 +316,9 @@ def check_applied(loop:Loop) -> dict: # flat, for the record
     live, sizes = read_loop(loop), [p.numel() for p in loop.params]
     demand(live, asked_loop(run, loop))
     if run.packing: check_packed(loop)
-    return base | adapter | live | (dict(optim_8bit_share=sum(s for s in sizes if s >= 4096)/sum(sizes)) if '8bit' in run.optim else {})
+    head = read_head(loop.model)
+    demand(head, asked_head(run, loop.pad_id))
+    return base | adapter | live | head | (dict(optim_8bit_share=sum(s for s in sizes if s >= 4096)/sum(sizes)) if '8bit' in run.optim else {})
 
 # %% ../nbs/08_train.ipynb #c17eceb2
 def probe_batches(loop:Loop, timed:int=6) -> list: # of micro-batch lists
@@ -339,9 +343,9 @@ def measure_adapter(
     device:str='auto',
 ) -> dict: # the metrics of a run, less those of its training
     "Quality and cost of a saved adapter"
-    device = pick_device(device)
+    device, run = pick_device(device), run.model_copy(update=dict(task_type=adapter_task(folder)))
     tokenizer, splits, phases = load_tokenizer(run), load_splits(run), Phases(device)
-    test, train_examples = (encode(getattr(splits, s), tokenizer, run.max_length)[0] for s in ('test', 'train'))
+    test, train_examples = (encoded(run, getattr(splits, s), tokenizer)[0] for s in ('test', 'train'))
     model, scored = load_base(run, device), {}
     with phase(phases, 'base_eval'): scored['base'] = evaluate(model, tokenizer, test, run.generate_size, run.max_new_tokens, run.per_device_eval_batch_size)
     model = load_adapter(folder, model)
