@@ -221,9 +221,9 @@ def compare(a:Annotated[str, typer.Argument(help='A study, a records.jsonl, or t
             margin:Annotated[Optional[float], typer.Option(help='Differences in held-out NLL below it do not count, nats a token.')]=None,
             across:Annotated[Optional[list[str]], typer.Option(help='An argument that may differ. May be repeated.')]=None):
     "What moved between two studies beyond noise."
-    from lora_study.regress import compare_studies, page, side
+    from lora_study.regress import compare_studies, page, short_names, side
     db = existing_db(results) if (results/'study.db').is_file() else None
-    names = (a, b) if a != b else ('before', 'since') if at else ('A', 'B')
+    names = ('before', 'since') if at and a == b else short_names(a, b)
     moved = compare_studies(side(a, db, until=at), side(b, db, since=at), names, margin, tuple(across or ()))
     typer.echo(page(moved))
     raise typer.Exit(1 if gate and moved.failed else 0)
