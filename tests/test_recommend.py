@@ -171,8 +171,8 @@ def test_a_diverged_seed_and_thin_evidence_are_said(tmp_path):
     unknown = room.recommend(evidence.gather(db, 'world_rank'), limit='24GB')
     assert unknown.setting is None and 'no memory was measured' in unknown.why
 
-def later(path, change): # the study of ranks with every record changed
-    rows = [change(json.loads(line)) for line in RECORDS.read_text().splitlines()]
+def later(path, change=lambda r: r): # two settings of the study of ranks, every record changed
+    rows = [change(r) for r in map(json.loads, RECORDS.read_text().splitlines()) if r['config']['lora_r'] in (4, 8)]
     path.write_text('\n'.join(json.dumps(r) for r in rows))
     return path
 
@@ -185,20 +185,20 @@ def worse(by, rank): # nats a token
     return change
 
 def test_the_gate_passes_what_did_not_move_and_stops_what_got_worse(results, tmp_path):
-    shifted = later(tmp_path/'shifted.jsonl', worse(.03, 4))
-    assert call('compare', 'world_rank', RECORDS, '--results', results, '--gate') [0] == 0
-    code, text = call('compare', RECORDS, shifted, '--results', results)
+    then, shifted = later(tmp_path/'then.jsonl'), later(tmp_path/'shifted.jsonl', worse(.03, 4))
+    assert call('compare', 'world_rank', then, '--results', results, '--gate')[0] == 0
+    code, text = call('compare', then, shifted, '--results', results)
     assert code == 0 and 'worse: lora_r=4, test_nll: +0.0' in text and ' 1 worse, 0 better' in ' '.join(text.split()), text
-    assert call('compare', RECORDS, shifted, '--gate', '--results', results)[0] == 1
-    assert call('compare', shifted, RECORDS, '--gate', '--results', results)[0] == 0 # better is no failure
-    assert call('compare', RECORDS, shifted, '--gate', '--margin', .1, '--results', results)[0] == 0
-    for wrong in (['world_rank', 'nothing'], [tmp_path/'none.jsonl', RECORDS], ['world_rank', 'world_rank', '--at', '1999'], [RECORDS, shifted, '--across', 'rank']):
+    assert call('compare', then, shifted, '--gate', '--results', results)[0] == 1
+    assert call('compare', shifted, then, '--gate', '--results', results)[0] == 0 # better is no failure
+    assert call('compare', then, shifted, '--gate', '--margin', .1, '--results', results)[0] == 0
+    for wrong in (['world_rank', 'nothing'], [tmp_path/'none.jsonl', then], ['world_rank', 'world_rank', '--at', '1999'], [then, shifted, '--across', 'rank']):
         code, text = call('compare', *wrong, '--results', results)
         assert code == 2 and text.startswith('error: ') and len(text.strip().splitlines()) == 1, text
 
 def test_records_from_before_an_argument_existed_can_be_compared(tmp_path):
     def older(r): del r['config']['lm_eval_tasks'], r['config']['answer_suite']; return r
-    moved = regress.compare_studies(regress.side(later(tmp_path/'older.jsonl', older)), regress.side(RECORDS))
+    moved = regress.compare_studies(regress.side(later(tmp_path/'older.jsonl', older)), regress.side(later(tmp_path/'then.jsonl')))
     assert not moved.failed and moved.only == ([], []) and {v.verdict for v in moved.verdicts.values()} == {'equivalent'}
 
 def test_two_times_of_one_study_and_seeds_that_do_not_meet(results):
