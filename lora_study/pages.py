@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SHORTCODE', 'LINK', 'directives', 'is_hidden', 'inert', 'shown_output', 'described', 'front_matter', 'titled',
            'for_quarto', 'page_filter', 'rendered_output', 'readme', 'home', 'category', 'report_page', 'point_page',
-           'opened_with', 'broken_links', 'is_left_out', 'run_notebook', 'derived', 'main']
+           'opened_with', 'reopened', 'broken_links', 'is_left_out', 'run_notebook', 'derived', 'main']
 
 # %% ../nbs/16_pages.ipynb #1d0839e5
-import json, re, sys
+import html, json, re, sys
 from pathlib import Path
 
 # %% ../nbs/16_pages.ipynb #fdb1316e
@@ -35,6 +35,7 @@ def inert(text:str) -> str:
 def shown_output(o:dict) -> dict | None: # None: nothing to show
     "An output as the site shows it"
     if o.get('name') == 'stderr': return None
+    if o['output_type'] == 'error': return o | dict(traceback=[inert(f"{o['ename']}: {o['evalue']}")]) # the trace names this machine's folders; the notebook itself keeps it
     lines = lambda v: inert(''.join(v)).splitlines(keepends=True)
     if 'text' in o: return o | dict(text=lines(o['text']))
     if 'data' not in o: return o
@@ -68,10 +69,12 @@ def for_quarto(nb:dict) -> dict:
     for c in titled(nb['cells']):
         if is_hidden(c): continue
         source = ''.join(c['source'])
+        if 'papermill-error-cell-tag' in c['metadata'].get('tags', []): source = f"**{re.sub('<[^>]*>', '', source).strip()}**"
         if c['cell_type'] == 'markdown': section = (re.findall(r'(?m)^#+ (.+)', source) or [section])[-1]
         if c['cell_type'] == 'code':
             _, theirs, code = directives(source)
             outputs = [s for o in c['outputs'] if (s := shown_output(o)) is not None]
+            if 'parameters' in c['metadata'].get('tags', []): theirs += ['#| code-fold: true', '#| code-summary: "All arguments, at their defaults"'] # the next cell has those of this run
             source = '\n'.join([*described(theirs, code, outputs, section), code])
             c = c | dict(outputs=outputs)
         cells.append(c | dict(source=source.splitlines(keepends=True)))
@@ -153,10 +156,17 @@ def point_page(
 def opened_with(notebook:str, fields:dict) -> str: # the notebook, JSON in and out
     "An executed notebook with this front matter, and nothing else changed"
     nb = json.loads(notebook)
-    first = nb['cells'][0]
-    if first['cell_type'] != 'raw' or not ''.join(first['source']).startswith('---'): nb['cells'].insert(0, first := dict(cell_type='raw', id='frontmatter', metadata={}))
-    first['source'] = front_matter(fields).splitlines(keepends=True)
+    heads = [c for c in nb['cells'] if c['cell_type'] == 'raw' and ''.join(c['source']).startswith('---')] # papermill puts its notice of a failure above it
+    head = heads[0] if heads else dict(cell_type='raw', id='frontmatter', metadata={})
+    nb['cells'] = [head | dict(source=front_matter(fields).splitlines(keepends=True)), *(c for c in nb['cells'] if c is not head)]
     return json.dumps(nb, indent=1, ensure_ascii=False) + ('\n' if notebook.endswith('\n') else '')
+
+# %% ../nbs/16_pages.ipynb #d40fdfe7
+def reopened(page:str, fields:dict) -> str: # markdown in and out
+    "A markdown page with this front matter; a heading that only repeats the title goes"
+    body = re.sub(r'\A---\n.*?^---\n\s*', '', page, flags=re.S | re.M)
+    if (m := re.match(r'# (.*)\n\s*', body)) and html.unescape(m[1]).strip() == fields['title']: body = body[m.end():]
+    return front_matter(fields) + '\n\n' + body
 
 # %% ../nbs/16_pages.ipynb #0db60269
 LINK = re.compile(r'\]\(([^)\s]+)\)')

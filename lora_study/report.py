@@ -13,7 +13,6 @@ from pathlib import Path
 import pandas as pd
 from . import plots, tracker
 from .config import Study, expand, run_id, varied
-from .pages import front_matter, report_page
 
 # %% ../nbs/14_report.ipynb #1acfac9e
 ACTIVE = re.compile(r'[\\`*_{}\[\]()#+!|~$:@"\'-]')
@@ -164,9 +163,7 @@ training, training time holds no evaluation. A difference smaller than the sprea
 def study_page(study:Study, df:pd.DataFrame, figures:list) -> str: # markdown
     "RESULTS.md of a study"
     done, failed, by = df[df.status == 'done'], df[df.status == 'failed'], varied(study)
-    fixed = {k: done[name].iloc[0] for k, name in (('base', 'model_name_or_path'), ('data', 'dataset_name')) if len(done) and name not in by}
-    front = front_matter(report_page(study.name, study.description, by, done.ended.max() if len(done) else '', fixed))
-    head = f"{front}\n\n{study.description}\n\n**{len(done)} of {len(df)} runs done, {len(failed)} failed.**"
+    head = f"---\ntitle: {study.name}\n---\n\n# {study.name}\n\n{study.description}\n\n**{len(done)} of {len(df)} runs done, {len(failed)} failed.**"
     if len(done):
         used = lambda name, content: ', '.join(f'{as_text(n)} ({as_text(h)})' for n, h in dict.fromkeys(zip(done[name], done[content])))
         head += f" Base: {used('model_name_or_path', 'base_hash')}. Data: {used('dataset_name', 'data_hash')}.\n\n{settings_table(done, by)}\n\n{READING}"

@@ -8,18 +8,19 @@ __all__ = ['FRONT', 'INCLUDE', 'FENCE', 'empty', 'LINKED', 'WANTED', 'TAG', 'MIM
            'read_notebook', 'read_page', 'unfenced', 'prose', 'heading_id', 'anchors', 'Site', 'targets', 'check_links',
            'check_references', 'check_front', 'check_directives', 'check_text', 'check_requests', 'check_paths',
            'check_alt', 'navigation', 'check_theme', 'check_config', 'check_listing', 'dataset_cards', 'format_cards',
-           'base_card', 'made', 'records_of', 'varied_in', 'dressed', 'check_site', 'write_made', 'main']
+           'base_card', 'made', 'records_of', 'asked', 'varied_in', 'report_head', 'dressed', 'check_site',
+           'write_made', 'main']
 
-# %% ../nbs/35_site.ipynb #717d0e10
-import json, re, sys
+# %% ../nbs/35_site.ipynb #a93cc513
+import html, json, re, sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import unquote
 import yaml
 from .catalogue import CATALOGUE, FORMATS, never
-from .config import BadInput, read_study, varied
-from .pages import derived, for_quarto, front_matter, is_hidden, opened_with, point_page
+from .config import BadInput, Loader, Study, varied
+from .pages import derived, for_quarto, is_hidden, opened_with, point_page, reopened, report_page
 
 # %% ../nbs/35_site.ipynb #247144db
 def named(
@@ -142,7 +143,8 @@ def prose(text:str) -> str:
 def heading_id(text:str) -> str:
     "The id Pandoc gives a heading (Pandoc User's Guide, auto_identifiers)"
     text = re.sub(r'!?\[([^\]]*)\]\([^)]*\)', r'\1', text)
-    text = re.sub(r'[^\w\s.-]', '', re.sub(r'[`*]|(?<!\w)_+|_+(?!\w)|-{2,3}', '', text)).strip().lower()
+    text = re.sub(r'(?<!\w)(_{1,2})(?=\S)(.+?)(?<=\S)\1(?!\w)', r'\2', text)
+    text = re.sub(r'[^\w\s.-]', '', re.sub(r'[`*]|-{2,3}', '', text)).strip().lower()
     return re.sub(r'^[\W\d_]+', '', re.sub(r'\s+', '-', text)) or 'section'
 
 # %% ../nbs/35_site.ipynb #2c11b99f
@@ -209,13 +211,13 @@ def check_references(site:Site, page:Page):
 
 # %% ../nbs/35_site.ipynb #f6dcbf32
 WANTED = {'results/*/points/*': ('title', 'description', 'date', 'categories'), 'results/*/failed/*': ('title', 'description', 'date', 'categories'),
-          'results/*/findings/*': ('title', 'description'), 'site/*': ('title', 'description')}
+          'results/*/findings/*': ('title', 'description'), 'results/*/RESULTS.md': ('title', 'description', 'categories'), 'site/*': ('title', 'description')}
 
 # %% ../nbs/35_site.ipynb #0fbdff53
 def check_front(site:Site, page:Page):
     "Front matter is complete, and nothing is said twice"
     part, where = page.parts[0], page.path.relative_to(site.root)
-    heads = re.findall(r'(?m)^# +(.+)', unfenced(part.text))
+    heads = [html.unescape(h).strip() for h in re.findall(r'(?m)^# +(.+)', unfenced(part.text))]
     wanted = next((keys for glob, keys in WANTED.items() if where.match(glob)), () if heads else ('title',))
     missing = [k for k in wanted if not page.front.get(k)]
     if missing: yield page.head, 0, f"front matter without {', '.join(missing)}", 'begin the file with --- and these fields; points get theirs from `python -m lora_study.site --write`'
@@ -234,8 +236,8 @@ def check_directives(site:Site, page:Page):
             if re.match(r'\s*#\s*\||#\s?(hide|export|default_exp|exporti|hide_input)\s*$', l) and not option: yield part, n, f'a directive that readers would see: {l.strip()[:40]}', 'write it as `#| word` at the top of its cell'
         if part.kind == 'prose' and (m := re.search(r'(?m)^```+\s*\{(python|r|julia|ojs)\b', part.text)): yield part, part.text[:m.start()].count('\n'), f'a chunk of {m[1]}', 'pages are rendered without Jupyter: put it into a notebook'
 
-# %% ../nbs/35_site.ipynb #b29589bc
-TAG = re.compile(r'<(?!(?:br|sub|sup|kbd|details|summary)\b|/(?:sub|sup|kbd|details|summary)>)/?[A-Za-z!][^>\n]*>(?!\))|<(?:script|iframe|style|object|embed)\b', re.I)
+# %% ../nbs/35_site.ipynb #dc020bc2
+TAG = re.compile(r'<(?!(?:br|sub|sup|kbd|details|summary)\b|a (?:id|name)="[\w-]+"></a>|/(?:a|sub|sup|kbd|details|summary)>)/?[A-Za-z!][^>\n]*>(?!\))|<(?:script|iframe|style|object|embed)\b', re.I)
 def check_text(site:Site, page:Page):
     "No tag, shortcode or raw block acts"
     for part in page.parts:
@@ -366,20 +368,35 @@ def records_of(folder:Path) -> list[dict]:
     rows = [json.loads(l) for l in lines if l]
     return [r | dict(metrics={name: v for name, step, v in r['metrics'] if step == -1}) for r in rows]
 
-# %% ../nbs/35_site.ipynb #9e5dced0
+# %% ../nbs/35_site.ipynb #17c91046
+def asked(root:Path, study:str) -> dict: # empty where the file is gone
+    "A study's file as it stands; base and data need not be on this machine"
+    path = root/'studies'/f'{study}.yaml'
+    return yaml.load(path.read_text(encoding='utf-8'), Loader) if path.is_file() else {}
+
+# %% ../nbs/35_site.ipynb #8fd7a7af
 def varied_in(root:Path, study:str, rows:list) -> list: # argument names
     "What a study varies, from its file; from its records where the file is gone"
-    path = root/'studies'/f'{study}.yaml'
-    if path.is_file(): return varied(read_study(path))
+    if file := asked(root, study): return varied(Study.model_construct(axes=file.get('axes', {}), paired=file.get('paired', [])))
     return [k for k in rows[0]['config'] if k != 'seed' and len({json.dumps(r['config'].get(k)) for r in rows}) > 1]
 
-# %% ../nbs/35_site.ipynb #148ccdaa
+# %% ../nbs/35_site.ipynb #38e2e6f3
+def report_head(root:Path, study:str, rows:list, by:list) -> dict: # front matter
+    "A report's front matter, from the study's file and records"
+    done = [r for r in rows if r['status'] == 'done']
+    fixed = {k: done[0]['config'][name] for k, name in (('base', 'model_name_or_path'), ('data', 'dataset_name')) if done and name not in by}
+    return report_page(study, asked(root, study).get('description', ''), by, max((r['ended'] for r in done), default=''), fixed)
+
+# %% ../nbs/35_site.ipynb #fe5350af
 def dressed(root:Path) -> dict: # path → text
-    "Published points whose front matter is not what their records say"
+    "Published points and reports whose front matter is not what their records say"
     out = {}
     for folder in sorted(p.parent for p in root.glob('results/*/records.jsonl')):
         rows = records_of(folder)
         by = varied_in(root, folder.name, rows) if rows else []
+        if rows and (path := folder/'RESULTS.md').is_file():
+            text = path.read_text(encoding='utf-8')
+            if (new := reopened(text, report_head(root, folder.name, rows, by))) != text: out[path] = new
         for r in rows:
             if not r['notebook'] or not (path := root/'results'/r['notebook']).is_file(): continue
             head = point_page(folder.name, r['config'], by, r['run_id'], r['ended'] or r['started'], r['metrics'] if r['status'] == 'done' else {}, r['error_kind'])
@@ -387,7 +404,7 @@ def dressed(root:Path) -> dict: # path → text
             if (new := opened_with(text, head)) != text: out[path] = new
     return out
 
-# %% ../nbs/35_site.ipynb #6e3ff114
+# %% ../nbs/35_site.ipynb #83083b4d
 RULES = (check_links, check_references, check_front, check_directives, check_text, check_requests, check_paths, check_alt, check_listing)
 def check_site(
     root, # the project's folder
@@ -404,14 +421,14 @@ def check_site(
     found += [(p, 1, 'not what it is made from', 'run `make export`') for p in [*stale, *dressed(root)]]
     return [f'{f.relative_to(root)}:{n}: {what}: {do}' for f, n, what, do in sorted(set(found))]
 
-# %% ../nbs/35_site.ipynb #da381c87
+# %% ../nbs/35_site.ipynb #9f16ed17
 def write_made(root:Path) -> list: # paths written
     "Writes what is made and is not as it should be"
     stale = {p: t for p, t in (made(root) | dressed(root)).items() if not p.is_file() or p.read_text(encoding='utf-8') != t}
     for p, text in stale.items(): p.parent.mkdir(parents=True, exist_ok=True); p.write_text(text, encoding='utf-8')
     return list(stale)
 
-# %% ../nbs/35_site.ipynb #63b1929f
+# %% ../nbs/35_site.ipynb #9ae39c2b
 def main(argv=None):
     "Console way: problems, one a line"
     import socket
@@ -422,5 +439,5 @@ def main(argv=None):
     if problems: sys.exit('\n'.join(problems) + f'\n{len(problems)} problems')
     print('the site has no dead link, no hidden cell, no foreign request and no text that acts')
 
-# %% ../nbs/35_site.ipynb #57fb249b
+# %% ../nbs/35_site.ipynb #23848797
 if __name__ == '__main__' and '__file__' in globals(): main()
