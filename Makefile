@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/ready
 
-.PHONY: study test setup export check notebooks base clean
+.PHONY: study test setup export check site notebooks base clean
 study: setup
 	.venv/bin/lora-study run studies/quick.yaml || [ $$? -eq 3 ]
 
@@ -23,13 +23,18 @@ export: setup
 	.venv/bin/nbdev_export
 	.venv/bin/nbdev_clean
 	$(PY) -m lora_study.pages
+	$(PY) -m lora_study.site --write
 
 check: setup
 	$(PY) tests/in_step.py
 
+# what a reader of the site would stumble over
+site: setup
+	$(PY) -m lora_study.site
+
 # run every library notebook and keep its outputs
 notebooks: setup
-	$(PY) -m lora_study.pages --run nbs/[012]*.ipynb nbs/index.ipynb
+	$(PY) -m lora_study.pages --run nbs/[0123]*.ipynb nbs/index.ipynb
 	.venv/bin/nbdev_clean
 
 # pretrain the embedded base anew: about half an hour on two cores

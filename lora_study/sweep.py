@@ -22,6 +22,7 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import LocalHandler, papermill_io
 from . import tracker
 from .config import BadInput, Run, Study, expand, label, run_id, varied
+from .pages import opened_with, point_page
 from .warm import warmed
 
 # %% ../nbs/10_sweep.ipynb #0416f06a
@@ -132,13 +133,18 @@ def run_point(
     raise BadInput(f'{folder}: the notebook ran to its end and left no valid record of run {run_id(run)}')
 
 # %% ../nbs/10_sweep.ipynb #b9cfb08a
-def publish(folder:Path, results, study:str, name:str) -> str: # the notebook's path, from the results folder
+def publish(
+    folder:Path, rec:tracker.Record, # an attempt's folder, and the record in it
+    results, study:str, name:str,
+    by:list=(),            # arguments the study varies: what listings filter by
+) -> str: # the notebook's path, from the results folder
     "Makes an attempt the final one and its notebook public"
     home, public = run_folder(results, study, name), f'{study}/points/{name}.ipynb'
     if folder.name != 'final':
         shutil.rmtree(home/'final', ignore_errors=True)
         os.replace(folder, home/'final')
-    tracker.write_whole(Path(results)/public, (home/'final'/'point.ipynb').read_bytes())
+    head = point_page(study, rec.config, by, rec.run_id, rec.ended, rec.metrics)
+    tracker.write_whole(Path(results)/public, opened_with((home/'final'/'point.ipynb').read_text(encoding='utf-8'), head))
     shutil.rmtree(home/'checkpoints', ignore_errors=True)
     (Path(results)/study/'failed'/f'{name}.ipynb').unlink(missing_ok=True)
     return public
@@ -174,11 +180,12 @@ def unfinished(study:Study, results) -> bool:
     return any(r['status'] != 'done' for r in plan(tracker.open_db(path) if path.is_file() else None, study))
 
 # %% ../nbs/10_sweep.ipynb #84a91aa8
-def keep_failure(results, study:str, name:str, attempt:int) -> str | None: # the notebook's path, from the results folder
+def keep_failure(results, study:Study, run:Run, name:str, attempt:int, kind:str) -> str | None: # the notebook's path, from the results folder
     "Moves what a failed attempt left of its notebook to where it can be looked at"
-    part, kept = run_folder(results, study, name)/f'attempt-{attempt}'/'point.ipynb', f'{study}/failed/{name}.ipynb'
+    part, kept = run_folder(results, study.name, name)/f'attempt-{attempt}'/'point.ipynb', f'{study.name}/failed/{name}.ipynb'
     if not part.is_file(): return None
-    tracker.write_whole(Path(results)/kept, part.read_bytes())
+    head = point_page(study.name, run.model_dump(), varied(study), run_id(run), tracker.now(), {}, kind)
+    tracker.write_whole(Path(results)/kept, opened_with(part.read_text(encoding='utf-8'), head))
     return kept
 
 # %% ../nbs/10_sweep.ipynb #c5e8d700
@@ -189,11 +196,11 @@ def attempt_run(db, path, study:Study, run:Run, name:str, attempt:int, results, 
         with kept_alive(path, study.name, rid, attempt):
             rec, folder = run_point(run, name, study.name, results, attempt, **how)
             if not tracker.renew(db, study.name, rid, attempt): say(f'{name}: taken over by another driver meanwhile'); return True
-            tracker.finish(db, study.name, rec, attempt, publish(folder, results, study.name, name))
+            tracker.finish(db, study.name, rec, attempt, publish(folder, rec, results, study.name, name, varied(study)))
     except (KeyboardInterrupt, SystemExit): tracker.release(db, study.name, rid, attempt); raise
     except Exception as e:
         kind, message = explain(e)
-        tracker.fail(db, study.name, rid, attempt, kind, message, keep_failure(results, study.name, name, attempt))
+        tracker.fail(db, study.name, rid, attempt, kind, message, keep_failure(results, study, run, name, attempt, kind))
         say(f'{name} failed ({kind}): {message}')
         return False
     say(f"{name} done in {time.perf_counter()-start:.1f} s: NLL {rec.metrics['base_nll']:.3f} → {rec.metrics['test_nll']:.3f}")

@@ -3,10 +3,10 @@ import shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MADE = ('nbs', 'lora_study', 'settings.ini', 'setup.py', 'README.md', 'results')
+MADE = ('nbs', 'lora_study', 'settings.ini', 'setup.py', 'README.md', 'index.qmd', 'results')
 
 def contents(root): # path → bytes of every file that is made or cleaned
-    return {p.relative_to(root): p.read_bytes() for name in ('nbs', 'lora_study', 'README.md') for p in ([root/name] if (root/name).is_file() else (root/name).rglob('*'))
+    return {p.relative_to(root): p.read_bytes() for name in ('nbs', 'lora_study', 'README.md', 'index.qmd') for p in ([root/name] if (root/name).is_file() else (root/name).rglob('*'))
             if p.is_file() and '__pycache__' not in p.parts and '.ipynb_checkpoints' not in p.parts}
 
 def main():
