@@ -57,42 +57,42 @@ def tint(colour, share:float=.35) -> str:
 # %% ../nbs/33_figures.ipynb #7f8144d9
 LINE_HEIGHT = .155 # inches, of a row of text
 
-# %% ../nbs/33_figures.ipynb #bb789ccd
+# %% ../nbs/33_figures.ipynb #f574b081
 def rows(
     fig:Figure, axes:list, names:list,
     width:float=140., # points; a name gets as many lines as it needs
     least:float=1.7,  # lines
-    panels:int=1,     # above each other
+    share:float=1.,   # of the figure's growth that these axes get
 ) -> np.ndarray: # where each row's middle is
-    "Named rows on the y axis; the figure grows until they have room"
+    "Named rows on the y axis; the figure grows by what they need"
     labels = [wrapped(n, width) for n in names]
     lines = np.array([max(least, l.count('\n') + 1.7) for l in labels]); middles = lines.cumsum() - lines/2
     for ax in axes:
         ax.set_ylim(lines.sum(), 0); ax.set_yticks(middles, labels); ax.tick_params(axis='y', length=0); ax.grid(False); ax.grid(axis='x', color='#e6e6e6'); ax.set_axisbelow(True)
-    for _ in range(3):
-        settle(fig); short = max(.5, lines.sum()*LINE_HEIGHT) - min(ax.bbox.height for ax in axes)/fig.dpi
-        if short > .005: fig.set_figheight(fig.get_figheight() + short*panels)
+    fig.set_figheight(fig.get_figheight() + (lines.sum()*LINE_HEIGHT + .2)/share); settle(fig)
+    short = max(.5, lines.sum()*LINE_HEIGHT) - min(ax.bbox.height for ax in axes)/fig.dpi
+    if short > .005: fig.set_figheight(fig.get_figheight() + short/share); settle(fig)
     return middles
 
-# %% ../nbs/33_figures.ipynb #fed6c698
+# %% ../nbs/33_figures.ipynb #b1058855
 def beside(ax, ends, at, texts:list):
-    "Numbers to the right of horizontal bars, and an axis with room for them"
-    settle(ax.figure); room, need = ax.bbox.width*72/ax.figure.dpi, max(map(text_width, texts)) + 8
+    "Numbers to the right of horizontal bars, and an axis with room for them; the figure is laid out already"
+    room, need = ax.bbox.width*72/ax.figure.dpi, max(map(text_width, texts)) + 8
     ax.set_xlim(0, max([e for e in ends if math.isfinite(e)], default=1.)*max(room/max(room - need, .3*room), 1.05) or 1.)
     for end, y, text in zip(ends, at, texts): ax.annotate(text, (end if math.isfinite(end) else 0., y), xytext=(4, 0), textcoords='offset points', va='center', fontsize=7)
 
-# %% ../nbs/33_figures.ipynb #1c7b2637
+# %% ../nbs/33_figures.ipynb #2b193bfa
 def above(ax, at, ends, texts:list):
-    "Numbers above vertical bars, upright where they would touch"
-    settle(ax.figure); px, widest = 72/ax.figure.dpi, max(map(text_width, texts)); upright = widest > ax.bbox.width*px/len(at)*.9
+    "Numbers above vertical bars, upright where they would touch; the figure is laid out already"
+    px, widest = 72/ax.figure.dpi, max(map(text_width, texts)); upright = widest > ax.bbox.width*px/len(at)*.9
     room, need = ax.bbox.height*px, (widest if upright else 8) + 7
     ax.set_ylim(0, max([e for e in ends if math.isfinite(e)], default=1.)*max(room/max(room - need, .25*room), 1.05) or 1.)
     for x, end, text in zip(at, ends, texts): ax.annotate(text, (x, end if math.isfinite(end) else 0.), xytext=(0, 3), textcoords='offset points', ha='center', va='bottom', fontsize=7, rotation=90 if upright else 0)
 
-# %% ../nbs/33_figures.ipynb #8422861f
+# %% ../nbs/33_figures.ipynb #4a743ecf
 def across(ax, at, names:list):
-    "Names along the x axis, upright where they would touch"
-    settle(ax.figure); pitch = ax.bbox.width*72/ax.figure.dpi/(len(at) + .2)
+    "Names along the x axis, upright where they would touch; the figure is laid out already"
+    pitch = ax.bbox.width*72/ax.figure.dpi/(len(at) + .2)
     upright = max(map(text_width, names)) > pitch - 4
     ax.set_xticks(at, names, rotation=90 if upright else 0)
 
@@ -105,7 +105,7 @@ def log_axis(axis, low:float, high:float, most:float=8.) -> bool:
     axis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}' if v < 1e4 else f'{v:,.0f}')); axis.set_minor_formatter(NullFormatter())
     return True
 
-# %% ../nbs/33_figures.ipynb #a1323d64
+# %% ../nbs/33_figures.ipynb #96cfbdc6
 @styled
 def rank_comparison(
     df:pd.DataFrame,     # one row a run, nothing varied but x and the seed
@@ -126,7 +126,7 @@ def rank_comparison(
     (low or [top])[-1].set_xlabel(axis_name(x)); top.set_xlim(-.6, len(t) - .4)
     for ax in (top, *low): ax.grid(axis='y', color='#e6e6e6'); ax.set_axisbelow(True)
     legend(fig, [line, run, *[h for h in top.get_lines() if h.get_label() == 'diverged or failed']], ['mean, 95 % interval over seeds', 'a run'] + ['diverged or failed']*bool(t.gone.any()))
-    across((low or [top])[-1], at, names)
+    settle(fig); across((low or [top])[-1], at, names)
     for ax, c in zip(low, costs): label_columns(ax, estimates(df, [x], c), at)
     return described(fig, best_and_range(f'{axis_name(metric)} by {axis_name(x)}', dict(zip([f'{axis_name(x)} {n}' for n in names], t['mean'])), metric.endswith(HIGHER)) + ' ' + ' '.join(cost_words(estimates(df, [x], c), c, names) for c in costs),
                      f'Above: the mean and its 95 % interval, each run a ring{", a cross for each run without a value" if t.gone.any() else ""}. Below: means; a whisker spans the runs.')
@@ -185,7 +185,7 @@ def draw_front(ax, points:np.ndarray, sign:int, band:float) -> list: # handles
     line = ax.plot(x, y, color=INK, lw=1, ls=(0, (4, 2)), zorder=2)
     return line + ([ax.fill_between(x, y - band, y + band, facecolor=tint(INK, .15), hatch='....', edgecolor=tint(INK, .4), lw=0, zorder=1)] if band else [])
 
-# %% ../nbs/33_figures.ipynb #d630f383
+# %% ../nbs/33_figures.ipynb #f67fdafe
 @styled
 def cost_bars(
     df:pd.DataFrame, by:list,
@@ -195,7 +195,7 @@ def cost_bars(
     "Costs of settings as horizontal bars"
     needed(df, what, by); columns = [c for c in columns if c in df and np.isfinite(pd.to_numeric(df[c], errors='coerce')).any()] or list(columns); needed(df, what, by, columns)
     tables = [estimates(df, by, c) for c in columns]; n = tables[0]
-    fig = Figure(figsize=(WIDTH, 1.), layout='constrained'); axes = fig.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    fig = Figure(figsize=(WIDTH, .35), layout='constrained'); axes = fig.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for ax, c, t in zip(axes, columns, tables): ax.set_xlabel(wrapped(axis_name(c, in_unit(t['mean'], c)[1]), 270/len(columns)))
     at = rows(fig, axes, [f'{name}, n = {r.n}' for name, r in zip(with_losses(n), n.itertuples())])
     for k, (ax, c, t) in enumerate(zip(axes, columns, tables)):
@@ -220,19 +220,19 @@ def model_size(df:pd.DataFrame, by:list, columns:list=('adapter_bytes', 'checkpo
 LATENCY = re.compile(r'(base|adapter|merged)_batch_(\d+)_(prefill|token)_s')
 SERVED = dict(base='base', adapter='adapter, unmerged', merged='adapter, merged')
 
-# %% ../nbs/33_figures.ipynb #c5797311
+# %% ../nbs/33_figures.ipynb #91452cc0
 @styled
 def inference_latency(df:pd.DataFrame, by:list=()) -> Figure:
     "Prefill and time a token of base, unmerged and merged adapter, by batch size"
     needed(df, 'inference_latency', list(by)); known = sorted((m[3], int(m[2]), m[1], c) for c in df if (m := LATENCY.fullmatch(str(c))) and np.isfinite(pd.to_numeric(df[c], errors='coerce')).any())
     if not known: raise BadInput(f'inference_latency: no reading in {len(df)} runs: expected columns such as base_batch_1_token_s: measure inference in the runs')
     kinds, batches = sorted({k[0] for k in known}), sorted({k[1] for k in known}); used = [m for m in SERVED if any(k[2] == m for k in known)]
-    fig = Figure(figsize=(WIDTH, 1.5), layout='constrained'); axes = fig.subplots(len(kinds), len(batches), sharey=True, squeeze=False); n = estimates(df, list(by), known[0][3])
+    fig = Figure(figsize=(WIDTH, .35 + .3*len(kinds)), layout='constrained'); axes = fig.subplots(len(kinds), len(batches), sharey=True, squeeze=False); n = estimates(df, list(by), known[0][3])
     for (i, j), ax in np.ndenumerate(axes):
         ax.set_title(f'{dict(prefill="prefill", token="each token")[kinds[i]]}, batch of {batches[j]}', fontsize=8, loc='left')
         if i == len(kinds) - 1: ax.set_xlabel('ms')
     legend(fig, [Line2D([], [], ls='', marker=look(k)['marker'], color=look(k)['color']) for k in range(len(used))], [SERVED[m] for m in used])
-    at = rows(fig, list(axes.flat), [f'{name}, n = {r.n}' for name, r in zip(with_losses(n), n.itertuples())], 110, 3., len(kinds)); words = []
+    at = rows(fig, list(axes.flat), [f'{name}, n = {r.n}' for name, r in zip(with_losses(n), n.itertuples())], 110, 3., 1/len(kinds)); words = []
     for kind, batch, model, c in known:
         ax, t, k = axes[kinds.index(kind), batches.index(batch)], estimates(df, list(by), c), used.index(model)
         ax.errorbar(t['mean']*1e3, at + .7*(k - (len(used) - 1)/2), xerr=whiskers(t, 1e-3), ls='', marker=look(k)['marker'], color=look(k)['color'], ms=4.5, capsize=2, lw=1)
@@ -285,7 +285,7 @@ def cell(v) -> str:
     "A level of an axis in words"
     return f'{v:g}' if isinstance(v, (int, float, np.number)) else clean(v, 40)
 
-# %% ../nbs/33_figures.ipynb #850e2c6e
+# %% ../nbs/33_figures.ipynb #ff99769a
 @styled
 def rate_map(
     df:pd.DataFrame, metric:str='test_nll', x:str='learning_rate', y:str='lora_r',
@@ -306,7 +306,7 @@ def rate_map(
     marks = [(Patch(facecolor='none', edgecolor='black', lw=2), 'best')]*bool(best) + [(Patch(facecolor='none', edgecolor=SOFT, hatch='////'), 'runs diverged or failed, × how many')]*bool((gone > 0).any().any())
     bar = fig.colorbar(image, label=wrapped(axis_name(metric), 130), aspect=12); plain_colours(bar, v)
     if marks: legend(fig, *map(list, zip(*marks)))
-    across(ax, range(mean.shape[1]), [cell(n) for n in mean.columns]); write_cells(ax, image, mean, gone)
+    settle(fig); across(ax, range(mean.shape[1]), [cell(n) for n in mean.columns]); write_cells(ax, image, mean, gone)
     at = lambda k: f'{axis_name(x)} {cell(mean.columns[k[1]])}, {axis_name(y)} {cell(mean.index[k[0]])}'
     text = best_and_range(f'{axis_name(metric)} by {axis_name(x)} and {axis_name(y)}', {at(k): m for k, m in np.ndenumerate(clear.to_numpy()) if (gone.to_numpy()[k] == 0)}, higher)
     return described(fig, text + (f' Runs diverged or failed at {"; ".join(at(k) for k, m in np.ndenumerate(gone.to_numpy()) if m > 0)}.' if (gone > 0).any().any() else ''), f'Each cell the mean over its runs (up to {int(t["size"].max())}); empty cells were not run.')
@@ -318,11 +318,11 @@ def plain_colours(bar, values):
     ticks = sorted({float(f'{t:.2g}') for t in ticks if values.min() <= float(f'{t:.2g}') <= values.max()}) or [float(values.min())]
     bar.set_ticks(ticks, labels=[say(t) for t in ticks]); bar.minorticks_off(); bar.outline.set_visible(False)
 
-# %% ../nbs/33_figures.ipynb #c402cc30
+# %% ../nbs/33_figures.ipynb #95bc4a0b
 def write_cells(ax, image, mean:pd.DataFrame, gone:pd.DataFrame):
     "The numbers of a map, where its cells are wide enough for them"
     words = {k: ('' if math.isnan(lost_) else say(m)*bool(math.isfinite(m)) + f' ×{lost_:.0f}'*bool(lost_ > 0)).strip() for (k, m), lost_ in zip(np.ndenumerate(mean.to_numpy()), gone.to_numpy().ravel())}
-    settle(ax.figure); wide = ax.bbox.width*72/ax.figure.dpi/mean.shape[1]
+    wide = ax.bbox.width*72/ax.figure.dpi/mean.shape[1]
     if max(text_width(w, 7) for w in words.values()) > wide - 3: words = {k: f'×{gone.iat[k]:.0f}' if gone.iat[k] > 0 else '' for k in words}
     for (i, j), w in words.items():
         r, g, b = to_rgb(image.cmap(image.norm(mean.iat[i, j]))) if math.isfinite(mean.iat[i, j]) else (1, 1, 1); hatched = gone.iat[i, j] > 0
@@ -339,7 +339,7 @@ def optimum(
     tried = df.assign(one=1).pivot_table(index='seed', columns=x, values='one').reindex_like(table).notna().all(axis=1)
     return best_learning_rate(table.columns.to_numpy(), table[tried].to_numpy(), rng)
 
-# %% ../nbs/33_figures.ipynb #a4d3b803
+# %% ../nbs/33_figures.ipynb #d3c76855
 @styled
 def rate_lines(
     df:pd.DataFrame, metric:str='test_nll', # a loss
@@ -348,7 +348,8 @@ def rate_lines(
     "Loss against the learning rate, a line a rank, and where each has its minimum"
     needed(df, 'rate_lines', [x, y, 'seed'], [metric]); df = df.assign(value=pd.to_numeric(df[metric], errors='coerce').where(np.isfinite))
     parts = [(cell(v), g) for v, g in df.groupby(y)]; rng = np.random.default_rng(seed)
-    fig = Figure(figsize=(WIDTH, 3.6), layout='constrained'); top, low = fig.subplots(2, 1, sharex=True, height_ratios=[3, max(1, .25*len(parts))])
+    below = LINE_HEIGHT*sum(1.7 + wrapped(n, 90).count('\n') for n, _ in parts); share = below/(2.4 + below)
+    fig = Figure(figsize=(WIDTH, .6), layout='constrained'); top, low = fig.subplots(2, 1, sharex=True, height_ratios=[2.4, below])
     handles, found = [], []
     for k, (name, g) in enumerate(parts):
         t = estimates(g.sort_values(x), [x], 'value'); at = np.sort(g[x].unique()); handles.append(top.errorbar(at, t['mean'], yerr=whiskers(t), ms=4, lw=1.2, capsize=2, elinewidth=.8, **look(k))); lost(top, g[x][g.value.isna()])
@@ -357,7 +358,7 @@ def rate_lines(
     crosses = [h for h in top.get_lines() if h.get_label() == 'diverged or failed']
     legend(fig, handles + crosses, [n for n, _ in parts] + [h.get_label() for h in crosses], title=f'{axis_name(y)}; bars: 95 % interval over seeds', alignment='left')
     top.set_ylabel(wrapped(axis_name(metric), 150)); top.grid(axis='y', color='#e6e6e6'); low.set_xlabel(axis_name(x)); low.set_ylabel('best rate')
-    at = rows(fig, [low], [n for n, _ in parts], 90., 1.5)
+    at = rows(fig, [low], [n for n, _ in parts], 90., share=share)
     for k, (o, row) in enumerate(zip(found, at)):
         how = look(k); spot = o.rate if o.valid else o.grid_rate
         if spot is None: continue
@@ -370,7 +371,7 @@ def rate_lines(
 # %% ../nbs/33_figures.ipynb #fd4b019d
 VERDICT_MARKS = dict(better=dict(marker='v', color='#009e73'), worse=dict(marker='^', color='#d55e00'), equivalent=dict(marker='D', color=INK), undecided=dict(marker='o', color='#555555'), invalid=dict(marker='X', color='#888888'))
 
-# %% ../nbs/33_figures.ipynb #3439c818
+# %% ../nbs/33_figures.ipynb #6cc67f66
 @styled
 def forest(
     verdicts:list, # of lora_study.verdicts, all of one metric
@@ -381,22 +382,22 @@ def forest(
     if len(metrics := {(c.metric, c.higher_is_better) for c in cs}) > 1: raise BadInput(f'forest: {len(metrics)} metrics: expected one: draw a figure for each')
     finite = [x for c in cs for x in (c.effect.estimate, c.effect.low, c.effect.high, c.margin and -c.margin, c.margin) if x is not None and math.isfinite(x)] + [0.]
     span = max(max(finite) - min(finite), 1e-12); edges = min(finite) - .06*span, max(finite) + .06*span
+    one = cs[0].b if len({c.b for c in cs}) == 1 else None; names = [c.a if one else f'{clean(c.a, 80)} − {clean(c.b, 80)}' for c in cs]
     name, better = axis_name(cs[0].metric), 'higher' if cs[0].higher_is_better else 'lower'
-    fig = Figure(figsize=(WIDTH, 1.), layout='constrained'); ax = fig.subplots(); ax.set_xlabel(wrapped(f'difference in {name}; {better} is better', 230)); ax.set_xlim(edges)
+    fig = Figure(figsize=(WIDTH, .35), layout='constrained'); ax = fig.subplots(); ax.set_xlabel(wrapped(f'difference{f" from {clean(one)}" if one else ""} in {name}; {better} is better', 260)); ax.set_xlim(edges)
     shown = list(dict.fromkeys(v.verdict for v in verdicts)); handles = [Line2D([], [], ls='', ms=5, **VERDICT_MARKS[w]) for w in shown]
     alone = [c.effect.low is None for c in cs]
     if any(alone): handles.append(Line2D([], [], ls='', marker='o', ms=5, mfc='white', mec='#555555'))
     if any(c.margin for c in cs): handles.append(Patch(facecolor='#e3e9f0', edgecolor='#b8c6d6', hatch='....', lw=0))
     legend(fig, handles, shown + ['no interval']*any(alone) + ['within ±δ']*any(bool(c.margin) for c in cs)); right = ax.secondary_yaxis('right')
-    words = [f'{v.verdict}, n = {c.effect.n}' for v, c in zip(verdicts, cs)]; right.spines['right'].set_visible(False); right.tick_params(length=0)
-    rows(fig, [ax], [f'{c.a} − {c.b}' for c in cs]); at = ax.get_yticks(); right.set_yticks(at, words)
-    at = rows(fig, [ax], [f'{c.a} − {c.b}' for c in cs]); tops = np.r_[0, at + np.diff(np.r_[at, 2*ax.get_ylim()[0] - at[-1]])/2]
+    words = [f'{v.verdict}, n = {c.effect.n}' for v, c in zip(verdicts, cs)]; right.spines['right'].set_visible(False); right.tick_params(length=0); right.set_yticks(range(len(words)), words)
+    at = rows(fig, [ax], names); right.set_yticks(at, words); tops = np.r_[0, at + np.diff(np.r_[at, 2*ax.get_ylim()[0] - at[-1]])/2]
     for v, c, y, above_, below in zip(verdicts, cs, at, tops, tops[1:]):
         if c.margin: ax.fill_between([-c.margin, c.margin], above_, below, facecolor='#e3e9f0', edgecolor='#b8c6d6', hatch='....', lw=0, zorder=0)
         draw_difference(ax, c.effect, y, VERDICT_MARKS[v.verdict], edges)
     ax.axvline(0, color='#333333', lw=.8, zorder=1); ax.grid(False); ax.xaxis.set_major_locator(MaxNLocator(5))
     return described(fig, f'{len(cs)} paired differences in {name}. ' + ' '.join(v.sentence for v in verdicts[:6]) + (f' And {len(cs) - 6} more.' if len(cs) > 6 else ''),
-                     f'Estimates of a − b with 95 % intervals, paired by seed; n counts seeds. Hollow points have no interval{", and where a margin δ was set, it is shaded" if any(c.margin for c in cs) else ""}.')
+                     f'Estimates with 95 % intervals, paired by seed; n counts seeds. Hollow points have no interval{", and where a margin δ was set, it is shaded" if any(c.margin for c in cs) else ""}.')
 
 # %% ../nbs/33_figures.ipynb #8ab600b4
 def draw_difference(ax, e, y:float, mark:dict, edges:tuple):

@@ -68,14 +68,15 @@ def styled(
         with house(): fig = make(*args, **kwargs); settle(fig); return fig
     return inner
 
-# %% ../nbs/13_plots.ipynb #085222ad
+# %% ../nbs/13_plots.ipynb #088c7aa5
 def settle(fig:Figure) -> RendererAgg:
     "Lays a figure out, so that the positions of what it shows can be read"
-    canvas = FigureCanvasAgg(fig); fig.draw_without_rendering()
+    canvas = fig.canvas if isinstance(fig.canvas, FigureCanvasAgg) else FigureCanvasAgg(fig)
+    if fig.stale: fig.draw_without_rendering()
     return canvas.get_renderer()
 
-# %% ../nbs/13_plots.ipynb #4b414580
-def clean(text, limit:int=120) -> str:
+# %% ../nbs/13_plots.ipynb #5afe7b1e
+def clean(text, limit:int=160) -> str:
     "A name on one line, without what cannot be printed"
     s = ' '.join(''.join(c if c.isprintable() else ' ' for c in str(text)).split())
     return s if len(s) <= limit else s[:limit//2] + '…' + s[-limit//2:]
@@ -185,10 +186,10 @@ def overlaps(fig:Figure) -> list: # one line a fault
 # %% ../nbs/13_plots.ipynb #47575eaf
 ANGLES = np.radians([0, 180, 45, 135, -45, -135, 90, -90, 22, 158, -22, -158, 68, 112, -68, -112]) # in order of preference
 
-# %% ../nbs/13_plots.ipynb #1af1e6fe
+# %% ../nbs/13_plots.ipynb #0b3a700e
 def free_place(
     at, size,                        # of the point; width and height of the text; pixels
-    taken:np.ndarray, segments:np.ndarray, # boxes and lines to keep clear of
+    marks:np.ndarray, written:np.ndarray, segments:np.ndarray, # boxes and lines to keep clear of; a leader keeps clear of what is written
     room, reach:float, px:float,     # box to stay in; furthest ring, points; pixels a point
 ) -> tuple | None: # the text's box, the segment of its leader or None
     "The nearest free place for a text beside a point"
@@ -197,13 +198,12 @@ def free_place(
         for direction in np.column_stack([np.cos(ANGLES), np.sin(ANGLES)]):
             centre = at + direction*(radius + half)
             box = np.r_[centre - half - 1.5*px, centre + half + 1.5*px]
-            if (box[:2] < room[:2]).any() or (box[2:] > room[2:]).any() or touching(box, taken).any() or crossing(box, segments).any(): continue
+            if (box[:2] < room[:2]).any() or (box[2:] > room[2:]).any() or touching(box, marks).any() or touching(box, written).any() or crossing(box, segments).any(): continue
             leader = np.r_[at, np.clip(at, box[:2], box[2:])]
             if radius <= 12*px: return box, None
-            own = np.r_[at - 6*px, at + 6*px]
-            if not any(crossing(b, leader[None])[0] for b in taken if not touching(own, b[None])[0]): return box, leader
+            if not any(crossing(b, leader[None])[0] for b in written): return box, leader
 
-# %% ../nbs/13_plots.ipynb #77154990
+# %% ../nbs/13_plots.ipynb #7a32ad6b
 def place(
     ax, points, # (n, 2), data
     names:list, size:float=7., reach:float=45., # points: font; furthest label
@@ -212,15 +212,15 @@ def place(
     fig = ax.figure; ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim()); renderer, px = settle(fig), fig.dpi/72
     fig.set_layout_engine('none')
     texts = [ax.annotate(n, p, xytext=(0, 0), textcoords='offset points', ha='center', va='center', fontsize=size) for n, p in zip(names, points)]
-    segments, marks = strokes(ax); taken = np.vstack([marks, [b for t, b in shown_texts(fig, renderer) if t not in texts] or np.empty((0, 4))])
+    (segments, marks), written = strokes(ax), np.array([b for t, b in shown_texts(fig, renderer) if t not in texts]).reshape(-1, 4)
     leaders, room = [], ax.bbox.extents
     for k in np.argsort([-t.get_window_extent(renderer).width for t in texts], kind='stable'): # the widest first, while there is room
         at, extent = ax.transData.transform(points[k]), texts[k].get_window_extent(renderer)
-        found = free_place(at, extent.size, taken, segments, room, reach, px)
+        found = free_place(at, extent.size, marks, written, segments, room, reach, px)
         if found is None:
             for t in texts + leaders: t.remove()
             return False
-        box, leader = found; taken = np.vstack([taken, box]); texts[k].set_position(((box[:2] + box[2:])/2 - at)/px)
+        box, leader = found; written = np.vstack([written, box]); texts[k].set_position(((box[:2] + box[2:])/2 - at)/px)
         if leader is not None:
             segments = np.vstack([segments, leader])
             leaders.append(ax.add_line(Line2D(*ax.transData.inverted().transform(leader.reshape(2, 2)).T, color=LINE, lw=.5, zorder=1.5)))
