@@ -62,10 +62,10 @@ def house():
 def styled(
     make, # returns a Figure
 ):
-    "Runs a function that builds a figure in the house's style and lays the figure out"
+    "Runs a function that builds a figure in the house's style, lays the figure out and leaves it so"
     @functools.wraps(make)
     def inner(*args, **kwargs):
-        with house(): fig = make(*args, **kwargs); settle(fig); return fig
+        with house(): fig = make(*args, **kwargs); settle(fig); fig.set_layout_engine('none'); return fig # laid out again, a colour bar would move
     return inner
 
 # %% ../nbs/13_plots.ipynb #088c7aa5
