@@ -129,8 +129,8 @@ def plain(c) -> str:
     "Content as text"
     return ''.join(s.text for s in content(c))
 
-# %% ../nbs/38_document.ipynb #b0e1cef4
-NUMBER = re.compile(r'[-+−]?[\d.,]+( ± [\d.,]+)?( ?[A-Za-z%]{1,4})?|–|')
+# %% ../nbs/38_document.ipynb #79275492
+NUMBER = re.compile(r'[-+−<]?[\d.,]+( ± [\d.,]+)?( ?[A-Za-z%]{1,4})?|–|')
 
 # %% ../nbs/38_document.ipynb #8653c4eb
 def number_columns(t:Table) -> list: # of bool
@@ -143,7 +143,7 @@ def slug(title:str) -> str:
     "A heading's anchor"
     return re.sub(r'\s+', '-', re.sub(r'[^\w\s-]', '', title.lower()).strip())
 
-# %% ../nbs/38_document.ipynb #7f90d7ae
+# %% ../nbs/38_document.ipynb #17c0aa53
 def md_content(
     c,         # content
     refs:dict, # address → its number; grows
@@ -153,7 +153,7 @@ def md_content(
     for s in content(c):
         text, to = as_text(s.text, None), address(s.href)
         if s.code and text: text = f'<code>{text}</code>'
-        if s.strong and text: text = f'**{text}**'
+        if s.strong and text.strip(): text = re.sub(r'^(\s*)(.*?)(\s*)$', r'\1**\2**\3', text) # a space inside would undo it
         out += ' '*(s.small and out != '') + (f'[{text}][{refs.setdefault(to, len(refs) + 1)}]' if to and text else text)
     return out
 
@@ -166,11 +166,11 @@ def md_rows(
     lines = [cells[0], ['--:' if n else '---' for n in numbers], *cells[1:]]
     return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
 
-# %% ../nbs/38_document.ipynb #2143d93c
+# %% ../nbs/38_document.ipynb #869d8168
 def md_code(c:Code) -> str:
     "A fence longer than any in the text; Quarto looks for shortcodes in fences too, so where there may be one the text is escaped"
     text = visible(c.text).strip('\n')
-    if '{{<' in text or '{{%' in text: return '<pre><code>' + as_html(text).replace('{', '&#123;') + '</code></pre>'
+    if '{{<' in text or '{{%' in text: return '<pre><code>' + '\n'.join(as_text(l, None) for l in text.split('\n')) + '</code></pre>'
     fence = '`'*max(3, 1 + max(map(len, re.findall('`+', text)), default=0))
     return f'{fence}{c.language}\n{text}\n{fence}'
 
@@ -197,7 +197,7 @@ def to_markdown(doc:Document, plots:str='plots/') -> str:
     parts = [f'---\ntitle: "{title}"\n---', f'# {as_text(doc.title)}', *(md_piece(p, refs, 2, plots) for p in doc.pieces)]
     return '\n\n'.join(parts) + '\n' + ('\n' + '\n'.join(f'[{n}]: {to}' for to, n in refs.items()) + '\n' if refs else '')
 
-# %% ../nbs/38_document.ipynb #f9fc724d
+# %% ../nbs/38_document.ipynb #3193fcd4
 CSS = """
 :root{color-scheme:light dark;--ink:#1c2430;--soft:#5b6675;--line:#d9dee5;--paper:#fff;--wash:#f4f6f9;--link:#1a5a96;--mark:#fff3c4}
 @media(prefers-color-scheme:dark){:root{--ink:#dde3ea;--soft:#9aa6b4;--line:#343c47;--paper:#12161b;--wash:#1b2129;--link:#86bdf0;--mark:#4a3f12}figure img{filter:invert(1) hue-rotate(180deg);mix-blend-mode:screen}}
@@ -211,13 +211,14 @@ nav{font-size:.9rem}nav ul{list-style:none;padding:0;margin:0}nav ul ul{padding-
 .box{overflow-x:auto;margin:.9rem 0 1.3rem;border:1px solid var(--line);border-radius:6px;max-width:max-content}
 table{border-collapse:separate;border-spacing:0;font-size:.875rem;line-height:1.35;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 caption{text-align:left;padding:.55rem .7rem;color:var(--soft);font-size:.85rem;background:var(--wash)}caption span{position:sticky;left:.7rem;display:inline-block;max-width:min(44rem,calc(100vw - 4rem));overflow-wrap:anywhere}
-th,td{padding:.4rem .7rem;text-align:left;vertical-align:top;border-top:1px solid var(--line)}thead th{background:var(--wash);font-weight:600}td{max-width:30rem;overflow-wrap:anywhere;min-width:4.5rem}tbody th{font-weight:500;min-width:6.5rem;max-width:16rem;overflow-wrap:anywhere}
+th,td{padding:.4rem .7rem;text-align:left;vertical-align:top;border-top:1px solid var(--line)}thead th{background:var(--wash);font-weight:600}td{max-width:30rem;overflow-wrap:anywhere}td:not(.n){min-width:6.5rem}td code,th code{white-space:nowrap}tbody th{font-weight:500;min-width:6.5rem;max-width:16rem;overflow-wrap:anywhere}
 .n{text-align:right;white-space:nowrap}thead .n{white-space:normal}
 tr>:first-child{position:sticky;left:0;background:var(--paper);box-shadow:1px 0 var(--line)}thead tr>:first-child{background:var(--wash)}tr:target>*,h2:target,h3:target{background:var(--mark)}
 td small,th small{display:block;color:var(--soft);font-size:.76rem}td a{text-decoration-color:color-mix(in srgb,var(--link) 40%,transparent)}
-figure{margin:1.1rem 0 1.4rem;max-width:44rem}figure img{display:block;width:100%;height:auto}figcaption{color:var(--soft);font-size:.85rem;margin-top:.35rem}
+figure{margin:1.1rem 0 1.4rem;max-width:44rem}figure div{overflow-x:auto}figure img{display:block;width:100%;min-width:30rem;height:auto}figcaption{color:var(--soft);font-size:.85rem;margin-top:.35rem}
 pre{background:var(--wash);border:1px solid var(--line);border-radius:6px;padding:.7rem .9rem;overflow-x:auto;font-size:.82rem;line-height:1.45;overflow-wrap:normal}code,pre{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 @media(min-width:70rem){.page{display:grid;grid-template-columns:12.5rem minmax(0,1fr);gap:2.5rem}nav{position:sticky;top:1.5rem;align-self:start;max-height:calc(100vh - 3rem);overflow-y:auto;padding-top:.5rem}}
+@media(max-width:69.99rem){nav ul ul{display:none}nav>ul{display:flex;flex-wrap:wrap;gap:0 1rem;padding-bottom:1rem}}
 @media(max-width:40rem){body{font-size:15px}h1{font-size:1.45rem}tbody th{max-width:8.5rem}}
 @media print{.page{display:block;max-width:none;padding:0}nav{display:none}.box{overflow:visible;border:0}table{font-size:8pt}tr,figure{break-inside:avoid}h2,h3{break-after:avoid}a{color:inherit;text-decoration:none}tr>:first-child{position:static;box-shadow:none}}
 """.strip()
@@ -245,7 +246,7 @@ def html_table(t:Table) -> str:
     return (f'<div class="box" tabindex="0" role="region" aria-label="{as_html(t.caption)}"><table{" class=measured"*t.measured}><caption><span>{as_html(t.caption)}</span></caption>\n'
             f'<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>')
 
-# %% ../nbs/38_document.ipynb #f1c12583
+# %% ../nbs/38_document.ipynb #ba21bed0
 def html_piece(
     p, anchors:dict, # id of a Section object → its anchor
     level:int=2,
@@ -257,7 +258,7 @@ def html_piece(
     if isinstance(p, Text): return f'<p>{html_content(p.content)}</p>'
     if isinstance(p, Bullets): return '<ul>' + ''.join(f'<li>{html_content(i)}</li>' for i in p.items) + '</ul>'
     if isinstance(p, Code): return f'<pre tabindex="0"><code>{as_html(p.text).strip()}</code></pre>'
-    if isinstance(p, Figure): return f'<figure><img alt="{as_html(p.alt)}" src="data:image/svg+xml;base64,{base64.b64encode(p.svg).decode()}"><figcaption>{as_html(p.caption)}</figcaption></figure>'
+    if isinstance(p, Figure): return f'<figure><div tabindex="0"><img alt="{as_html(p.alt)}" src="data:image/svg+xml;base64,{base64.b64encode(p.svg).decode()}"></div><figcaption>{as_html(p.caption)}</figcaption></figure>'
     return html_table(p)
 
 # %% ../nbs/38_document.ipynb #c087882e

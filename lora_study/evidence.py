@@ -72,12 +72,14 @@ def gather(
     *studies:str,             # names
     margin:float|None=None,   # nats a token; None: from the gain
     where:dict={},            # argument → value: only such runs
+    ids=None,                 # run ids: only these; None: all
 ) -> Evidence:
     "What studies have to say together"
     if not studies: raise BadInput('no study given: name at least one: see `lora-study runs`')
     frames = [tracker.frame(db, s, config=where) for s in studies]
     if gone := [s for s, f in zip(studies, frames) if f.empty]: raise BadInput(f'{gone[0]}: no such study in the database' + (f' with {where}' if where else '') + ': run it, or take its records in with `lora-study import`')
     df = pd.concat(frames, ignore_index=True).drop_duplicates('run_id', ignore_index=True)
+    if ids is not None: df = df[df.run_id.isin(list(ids))].reset_index(drop=True)
     counts = (df.status == 'done') | (df.error_kind == 'diverged')
     used = df[counts]
     for f in SAME:
