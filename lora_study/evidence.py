@@ -9,7 +9,7 @@ __all__ = ['SEEDS', 'SAME', 'BY_EXAMPLE', 'HIGHER', 'shown', 'factors_of', 'sett
 
 # %% ../nbs/29_evidence.ipynb #c5f26347
 import math, sqlite3
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -63,6 +63,7 @@ class Evidence:
     settings: dict      # name → its runs, indexed by repetition
     lost: pd.DataFrame  # failed otherwise, or unfinished: no result
     margin: float|None = None # smallest difference in held-out NLL that matters, where the study gave one
+    kept: dict = field(default_factory=dict, repr=False, compare=False) # scores by example that were read before: several questions ask for the same
     def __iter__(self): return iter(self.settings)
     def __len__(self): return len(self.settings)
 
@@ -114,12 +115,13 @@ def scores(
     e:Evidence, setting:str, metric:str='test_nll', # one of BY_EXAMPLE
 ) -> tuple: # seeds × examples, summed over an example's tokens; tokens an example, or None; None for both where a run kept no such scores
     "One number a seed and example"
+    if (setting, metric) in e.kept: return e.kept[setting, metric]
     column, weight = BY_EXAMPLE[metric]
     tables = {s: tracker.example_scores(e.db, r['study'], r['run_id']) for s, r in e.settings[setting].iterrows() if r['status'] == 'done'}
     if not tables or any(column not in t or t[column].notna().sum() == 0 for t in tables.values()): return None, None
     kept = {s: t[t[column].notna()].set_index('example') for s, t in tables.items()}
     wide = pd.DataFrame({s: t[column].astype(float) for s, t in kept.items()}).T.reindex(e.settings[setting].index)
-    return wide, None if weight is None else next(iter(kept.values()))[weight].astype(float).reindex(wide.columns)
+    return e.kept.setdefault((setting, metric), (wide, None if weight is None else next(iter(kept.values()))[weight].astype(float).reindex(wide.columns)))
 
 # %% ../nbs/29_evidence.ipynb #ca429b14
 HIGHER = ('accuracy', 'exact_match', 'bleu', 'chrf', 'rouge_l', 'f1', 'tok_s') # metrics whose names end so are better when higher

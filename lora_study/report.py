@@ -20,7 +20,7 @@ from .catalogue import CATALOGUE
 from .config import HASHES, Run, Study, expand, run_id
 from .document import Bullets, Code, Document, Figure, Row, Section, Span, Table, Text, as_text, to_html, to_markdown
 from .evidence import Evidence
-from .tables import LABELS, SHOWN, Place, amount, cost_rows, cost_table, first_run, md_table, mean_cell, measured, portable, primary, quality_rows, quality_table, ranged, run_rows, settings_table, spread, verdict_rows, where_it_ran
+from .tables import LABELS, SHOWN, Place, amount, cost_rows, cost_table, first_run, md_table, mean_cell, measured, peak_column, portable, primary, quality_rows, quality_table, ranged, run_rows, settings_table, spread, verdict_rows, where_it_ran
 from .verdicts import MIN_SEEDS
 
 # %% ../nbs/14_report.ipynb #c102cd65
@@ -35,12 +35,12 @@ def slices(e:Evidence, factor:str) -> list: # lists of settings that differ in t
     for name, g in e.settings.items(): groups.setdefault(repr([g[f].iloc[0] for f in e.factors if f != factor]), []).append(name)
     return list(groups.values())
 
-# %% ../nbs/14_report.ipynb #4a6cdeab
+# %% ../nbs/14_report.ipynb #05be19ac
 def questions(e:Evidence) -> list: # (title, factors, settings)
     "What a study can be asked"
-    out, metric = [], primary(e)
+    out, top = [], evidence.best(e, primary(e))
     for f in e.factors:
-        group = max(slices(e, f), key=lambda g: (len(g), evidence.best(e, metric) in g))
+        group = max(slices(e, f), key=lambda g: (len(g), top in g))
         if len(group) > 1: out.append((QUESTIONS.get(f, f), [f], group))
     crossed = len(e) == math.prod(e.runs[f].map(repr).nunique() for f in e.factors)
     if not crossed and {n for _, _, g in out for n in g} < set(e): out.insert(0, ('All settings', e.factors, list(e)))
@@ -306,12 +306,13 @@ def write_report(
     tracker.write_whole(folder/'records.jsonl', tracker.export_study(db, study.name, ids))
     return write_pages(report_of(db, [study], Place(folder, Path(results)), ids), folder)
 
-# %% ../nbs/14_report.ipynb #7c0e404e
+# %% ../nbs/14_report.ipynb #56becd6a
 def write_joint(
     db, studies:list,  # of Study
     results='results',
     out=None,          # the folder to write to; None: results/<first>+<second>
+    ids=None,          # of the runs asked for; None: all that the database has
 ) -> Path: # RESULTS.md
     "Writes a report on several studies, or on one somewhere else; their records stay where they are"
     folder = Path(out) if out else Path(results)/'+'.join(s.name for s in studies)
-    return write_pages(report_of(db, studies, Place(folder, Path(results))), folder)
+    return write_pages(report_of(db, studies, Place(folder, Path(results)), ids), folder)
