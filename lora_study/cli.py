@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'StudyFile', 'Results', 'Override', 'Device', 'told', 'overrides', 'existing_db', 'settle_offline', 'plan',
            'progress', 'on_sigterm', 'run', 'report_of', 'study_named', 'report', 'runs', 'show', 'export', 'import_',
-           'prepare_data', 'evaluate', 'validate', 'init', 'main']
+           'recommend', 'compare', 'prepare_data', 'evaluate', 'validate', 'init', 'main']
 
 # %% ../nbs/15_cli.ipynb #52e932fa
 import functools, json, logging, os, signal, socket, sys
@@ -211,6 +211,39 @@ def import_(file:Annotated[Path, typer.Argument(help='A records.jsonl.')], resul
     from lora_study.tracker import import_records, open_db
     if not file.is_file(): raise BadInput(f'{file}: no such file')
     typer.echo(f"{import_records(open_db(results/'study.db'), file)} runs taken in")
+
+# %% ../nbs/15_cli.ipynb #e3a58fa7
+@app.command()
+@told
+def recommend(studies:Annotated[list[str], typer.Argument(help='Names of studies.')], results:Results=Path('results'),
+              limit:Annotated[Optional[str], typer.Option(help='Memory: 24GB, 8GiB, or a GPU such as H100.')]=None,
+              goal:Annotated[str, typer.Option(help='best, cheapest (within a tie of the best), smallest or fastest (inference).')]='best',
+              by:Annotated[Optional[str], typer.Option(help='What is cheap: time, parameters, memory, disk or answer.')]=None,
+              metric:Annotated[str, typer.Option(help='What quality is.')]='test_nll',
+              margin:Annotated[Optional[float], typer.Option(help='The smallest difference in held-out NLL that matters, nats a token.')]=None,
+              where:Annotated[Optional[list[str]], typer.Option(help='argument=value. May be repeated.')]=None):
+    "Which measured setting to train, why, what it costs and gives up, and a PEFT/TRL snippet. Exit code 1: nothing fits."
+    from lora_study import evidence
+    from lora_study.recommend import page, recommend, snippet
+    found = recommend(evidence.gather(existing_db(results), *studies, margin=margin, where=overrides(where)), limit, goal, by, metric)
+    typer.echo(page(found) + '\n\n' + snippet(found))
+    raise typer.Exit(0 if found.setting else 1)
+
+# %% ../nbs/15_cli.ipynb #6cbb3a6b
+@app.command()
+@told
+def compare(a:Annotated[str, typer.Argument(help='A study, a records.jsonl, or the folder of one.')], b:Annotated[str, typer.Argument(help='The same, held against the first.')], results:Results=Path('results'),
+            gate:Annotated[bool, typer.Option(help='Exit code 1 if anything is worse beyond noise, or broken.')]=False,
+            at:Annotated[Optional[str], typer.Option(help='ISO time: of the first, runs that ended before; of the second, since.')]=None,
+            margin:Annotated[Optional[float], typer.Option(help='Differences in held-out NLL below it do not count, nats a token.')]=None,
+            across:Annotated[Optional[list[str]], typer.Option(help='An argument that may differ. May be repeated.')]=None):
+    "What moved between two studies beyond noise."
+    from lora_study.regress import compare_studies, page, short_names, side
+    db = existing_db(results) if (results/'study.db').is_file() else None
+    names = ('before', 'since') if at and a == b else short_names(a, b)
+    moved = compare_studies(side(a, db, until=at), side(b, db, since=at), names, margin, tuple(across or ()))
+    typer.echo(page(moved))
+    raise typer.Exit(1 if gate and moved.failed else 0)
 
 # %% ../nbs/15_cli.ipynb #79d27adc
 @app.command('prepare-data')

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 import pandas as pd
 import yaml
-from matplotlib import rc_context
 from . import evidence, plots, tracker
 from .catalogue import CATALOGUE
 from .config import HASHES, Run, Study, expand, run_id
@@ -62,11 +61,11 @@ def decided(e:Evidence, verdicts:list, place:Place) -> tuple: # content
     parts = [p for k, w in words.items() if k in group for p in ('; ', w, listed(e, group[k], place, few))][1:]
     return *parts, '.' if parts else ''
 
-# %% ../nbs/14_report.ipynb #aab798de
+# %% ../nbs/14_report.ipynb #2bd4d1ed
 def picture(name:str, fig, alt:str, caption:str) -> Figure:
     "A figure as SVG, the same bytes every time"
     svg = io.BytesIO()
-    with rc_context({'svg.hashsalt': 'lora_study', 'svg.fonttype': 'path'}): fig.savefig(svg, format='svg', metadata=dict(Date=None, Creator=None), facecolor='white')
+    with plots.house(): fig.savefig(svg, format='svg', metadata=dict(Date=None, Creator=None), facecolor='white')
     return Figure(name, svg.getvalue(), getattr(fig, 'alt', alt), getattr(fig, 'caption', caption))
 
 # %% ../nbs/14_report.ipynb #fc59739b
@@ -211,14 +210,14 @@ def study_of(df:pd.DataFrame) -> Study:
     native = lambda v: None if isinstance(v, float) and v != v else v.item() if hasattr(v, 'item') else v
     return Study(name=df.study.iloc[0], shared={k: native(v) for k, v in shared.items() if native(v) is not None}, paired=[{f: [native(v[f]) for v, _ in rows] for f in factors}] if factors else [], seeds=sorted({int(s) for s in df.seed}))
 
-# %% ../nbs/14_report.ipynb #9cd43e6c
+# %% ../nbs/14_report.ipynb #6047ae32
 def reading(e:Evidence, place:Place) -> list: # of content
     "How the numbers are made, in a few lines"
     lib = lambda text, name: Span(text, place.library(name))
     metric = primary(e); δ, unit = evidence.delta(e, metric), ' nats a token' if metric == 'test_nll' else ''
     g = evidence.gain(e, metric)
     why = 'none: nothing was gained over the base, or the base was not read, so equivalence is not asked' if δ is None else f'±{δ:.3g}{unit}, ' + ('stated by the study before it was run' if e.margin is not None and metric == 'test_nll' else f'2 % of the {g:.3g} that the best setting gains over the base')
-    return [('Intervals of a mean are Student’s with fewer than 10 seeds and BCa bootstraps with more (', lib('stats', '11_stats'), '). They cover seeds; those of differences cover seeds and test examples.'),
+    return [("Intervals of a mean are Student's with fewer than 10 seeds and BCa bootstraps with more (", lib('stats', '11_stats'), '). They cover seeds; those of differences cover seeds and test examples.'),
             ('Two settings are compared seed by seed and example by example; p-values are held together by Holm within a table. Better and worse need p ≤ 0.05, a difference of δ or more and at least ', f'{MIN_SEEDS} seeds; equivalent needs two one-sided tests within ±δ; everything else is undecided (', lib('verdicts', '28_verdicts'), ').'),
             ('δ, the smallest difference that matters: ', why, '.'),
             ('NLL is in nats a completion token on held-out rows, exact match the share of greedily generated answers equal to the reference (', lib('evaluation', '05_evaluation'), ').'),
@@ -257,12 +256,22 @@ def part(e:Evidence, place:Place) -> tuple: # summary (content), sections before
     findings = [Section('Findings', tuple(found))] if found else []
     return summary(e, place, verdicts), [*findings, Section('Settings', (quality_rows(e, place, verdicts), cost_rows(e), *costs))], [Section('Limits', (Bullets(tuple(limits(e))),)), Section('Runs', (run_rows(e, place),))]
 
-# %% ../nbs/14_report.ipynb #e991a900
-def recommendation_section(e:Evidence) -> list: # of Section
-    "What to choose"
-    return []
+# %% ../nbs/14_report.ipynb #79503e42
+def recommendation_section(e:Evidence, place:Place) -> list: # of Section; none where there is nothing to choose from
+    "What to choose, by goal"
+    from lora_study import recommend # it reads numbers as this module writes them
+    if len(e) < 2 or primary(e) is None: return []
+    recs = [(g, recommend.recommend(e, goal=g, metric=primary(e))) for g in recommend.GOALS]
+    setting = lambda r: Span(r.setting, place.setting(e, r.setting))
+    rows = tuple(Row((r.goal, setting(r), r.why, '' if r.gives_up is None else str(r.gives_up))) for _, r in recs if r.setting)
+    lacking = tuple(dict.fromkeys(m for _, r in recs for m in r.missing))
+    first = next(r for g, r in recs if g == 'best')
+    told = f'Chosen on half of the seeds and judged on the other half, the best setting falls short of the one that was best there by {first.regret} (regret, in {first.metric}).' if first.regret.estimate is not None else ''
+    code = recommend.snippet(next(r for g, r in recs if g == 'cheapest'))
+    return [Section('Recommendation', (Table('What to train, by what is wanted.', ('goal', 'setting', 'why', 'what it gives up against the best'), rows), *([Text((told,))] if told else []), *([Text(('What this does not know:',)), Bullets(lacking)] if lacking else []),
+                                       Text(('The cheapest within a tie of the best, ready to run with PEFT and TRL:',)), Code(portable(code), 'python')))]
 
-# %% ../nbs/14_report.ipynb #1e89bc8e
+# %% ../nbs/14_report.ipynb #78ed0a96
 def report_of(
     db, studies:list, # of Study
     place:Place,
@@ -275,7 +284,7 @@ def report_of(
     margins = {s.margin for s in studies}
     groups = comparable(df) or [('', set())]
     parts = [(name, evidence.gather(db, *names, margin=margins.pop() if len(margins) == 1 else None, ids=wanted | (set(df.run_id) if len(groups) == 1 else set())), replace(place, key=f'part-{k}-' if len(groups) > 1 else '')) for k, (name, wanted) in enumerate(groups, 1)]
-    told = [(name, p, *part(e, p), recommendation_section(e), e) for name, e, p in parts]
+    told = [(name, p, *part(e, p), recommendation_section(e, p), e) for name, e, p in parts]
     head = [Text((s.description,)) for s in studies if s.description] + [Text((Span(f'{n}. ', strong=True) if n else '', *text)) for n, _, text, *_ in told] + [Text((counts(df),))]
     body = [s for n, _, _, before, after, rec, _ in told for s in ([Section(n, (*before, *rec, *after))] if n else [*before, *rec, *after])]
     return Document(' and '.join(names), (Section('Summary', tuple(head)), *body, *failures(df, place), methods(df, studies, [(e, p) for _, p, *_, e in told if primary(e)], place)))
