@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'StudyFile', 'Results', 'Override', 'Device', 'told', 'overrides', 'existing_db', 'settle_offline', 'plan',
-           'progress', 'on_sigterm', 'run', 'report_of', 'report', 'runs', 'show', 'export', 'import_', 'claims',
-           'design', 'mirror', 'recommend', 'compare', 'prepare_data', 'evaluate', 'validate', 'init', 'main']
+           'progress', 'on_sigterm', 'run', 'report_of', 'study_named', 'report', 'runs', 'show', 'export', 'import_',
+           'claims', 'design', 'mirror', 'recommend', 'compare', 'prepare_data', 'evaluate', 'validate', 'init', 'main']
 
 # %% ../nbs/15_cli.ipynb #52e932fa
 import functools, json, logging, os, signal, socket, sys
@@ -123,7 +123,7 @@ def run(file:StudyFile, results:Results=Path('results'), set:Override=None, devi
     finally: stop()
     where = report_of(study, results)
     bad = sum(not ok for ok in tried.values())
-    typer.echo(f'{"nothing left to do" if not tried else f"{len(tried)-bad} runs done, {bad} failed"}\nreport:    {where}\nnotebooks: {where.parent}/points/')
+    typer.echo(f'{"nothing left to do" if not tried else f"{len(tried)-bad} runs done, {bad} failed"}\nreport:    {where.with_name("report.html")}, {where.name}\nnotebooks: {where.parent}/points/')
     raise typer.Exit(1 if bad else 0 if tried else 3)
 
 # %% ../nbs/15_cli.ipynb #dc9b5e37
@@ -133,12 +133,29 @@ def report_of(study, results:Path) -> Path:
     return write_report(existing_db(results), study, results)
 
 # %% ../nbs/15_cli.ipynb #161158e4
+def study_named(what:str, db, given:dict) -> tuple: # the study, the ids of its runs
+    "A study by its file, or by its name in the database"
+    from lora_study.config import expand, read_study, run_id
+    from lora_study.report import study_of
+    from lora_study.tracker import frame
+    file = next((p for p in (Path(what), Path('studies')/f'{what}.yaml') if p.is_file()), None)
+    if file or what.endswith(('.yaml', '.yml')): study = read_study(file or what, given); return study, {run_id(r) for r in expand(study)}
+    df = frame(db, what)
+    if df.empty: raise BadInput(f'{what}: neither a study file nor a study in the database: see `lora-study runs`')
+    return study_of(df), set(df.run_id)
+
+# %% ../nbs/15_cli.ipynb #7383ae43
 @app.command()
 @told
-def report(file:StudyFile, results:Results=Path('results'), set:Override=None):
-    "Write a study's RESULTS.md, figures and records.jsonl again from the database."
-    from lora_study.config import read_study
-    typer.echo(report_of(read_study(file, overrides(set)), results))
+def report(what:Annotated[list[str], typer.Argument(metavar='STUDY...', help='Study files, or names of studies in the database. Several make one report together.', show_default=False)], results:Results=Path('results'), set:Override=None,
+           out:Annotated[Optional[Path], typer.Option(help='The folder to write to; otherwise beside the runs, or for several studies in a folder named after all.')]=None):
+    "Write RESULTS.md and report.html again from the database."
+    from lora_study.report import write_joint
+    db = existing_db(results)
+    found = [study_named(w, db, overrides(set)) for w in dict.fromkeys(what)]
+    if len(found) == 1 and out is None and any(Path(w).is_file() for w in what): where = report_of(found[0][0], results)
+    else: where = write_joint(db, [s for s, _ in found], results, out, {i for _, ids in found for i in ids})
+    typer.echo(f"{where}\n{where.with_name('report.html')}")
 
 # %% ../nbs/15_cli.ipynb #f7837b49
 @app.command()

@@ -9,7 +9,7 @@ __all__ = ['SEEDS', 'SAME', 'BY_EXAMPLE', 'HIGHER', 'shown', 'factors_of', 'sett
 
 # %% ../nbs/29_evidence.ipynb #c5f26347
 import math, sqlite3
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -63,6 +63,7 @@ class Evidence:
     settings: dict      # name → its runs, indexed by repetition
     lost: pd.DataFrame  # failed otherwise, or unfinished: no result
     margin: float|None = None # smallest difference in held-out NLL that matters, where the study gave one
+    kept: dict = field(default_factory=dict, repr=False, compare=False) # scores by example that were read before: several questions ask for the same
     def __iter__(self): return iter(self.settings)
     def __len__(self): return len(self.settings)
 
@@ -72,12 +73,14 @@ def gather(
     *studies:str,             # names
     margin:float|None=None,   # nats a token; None: from the gain
     where:dict={},            # argument → value: only such runs
+    ids=None,                 # run ids: only these; None: all
 ) -> Evidence:
     "What studies have to say together"
     if not studies: raise BadInput('no study given: name at least one: see `lora-study runs`')
     frames = [tracker.frame(db, s, config=where) for s in studies]
     if gone := [s for s, f in zip(studies, frames) if f.empty]: raise BadInput(f'{gone[0]}: no such study in the database' + (f' with {where}' if where else '') + ': run it, or take its records in with `lora-study import`')
     df = pd.concat(frames, ignore_index=True).drop_duplicates('run_id', ignore_index=True)
+    if ids is not None: df = df[df.run_id.isin(list(ids))].reset_index(drop=True)
     counts = (df.status == 'done') | (df.error_kind == 'diverged')
     used = df[counts]
     for f in SAME:
@@ -112,12 +115,13 @@ def scores(
     e:Evidence, setting:str, metric:str='test_nll', # one of BY_EXAMPLE
 ) -> tuple: # seeds × examples, summed over an example's tokens; tokens an example, or None; None for both where a run kept no such scores
     "One number a seed and example"
+    if (setting, metric) in e.kept: return e.kept[setting, metric]
     column, weight = BY_EXAMPLE[metric]
     tables = {s: tracker.example_scores(e.db, r['study'], r['run_id']) for s, r in e.settings[setting].iterrows() if r['status'] == 'done'}
     if not tables or any(column not in t or t[column].notna().sum() == 0 for t in tables.values()): return None, None
     kept = {s: t[t[column].notna()].set_index('example') for s, t in tables.items()}
     wide = pd.DataFrame({s: t[column].astype(float) for s, t in kept.items()}).T.reindex(e.settings[setting].index)
-    return wide, None if weight is None else next(iter(kept.values()))[weight].astype(float).reindex(wide.columns)
+    return e.kept.setdefault((setting, metric), (wide, None if weight is None else next(iter(kept.values()))[weight].astype(float).reindex(wide.columns)))
 
 # %% ../nbs/29_evidence.ipynb #ca429b14
 HIGHER = ('accuracy', 'exact_match', 'bleu', 'chrf', 'rouge_l', 'f1', 'tok_s') # metrics whose names end so are better when higher

@@ -169,13 +169,13 @@ def reopened(page:str, fields:dict) -> str: # markdown in and out
     return front_matter(fields) + '\n\n' + body
 
 # %% ../nbs/16_pages.ipynb #0db60269
-LINK = re.compile(r'\]\(([^)\s]+)\)')
+LINK = re.compile(r'\]\(([^)\s]+)\)|^\[[^\]\n]+\]:\s+(\S+)', re.M) # in its place, or by reference
 
 # %% ../nbs/16_pages.ipynb #43ca23b1
 def broken_links(page:Path) -> list: # targets that do not exist
     "Relative links of a markdown page that lead nowhere"
     fenced = re.sub(r'```.*?```', '', page.read_text(encoding='utf-8'), flags=re.S)
-    local = [t.partition('#')[0] for t in LINK.findall(fenced) if not re.match(r'[a-z]+:|#', t)]
+    local = [t.partition('#')[0] for a, b in LINK.findall(fenced) if not re.match(r'[a-z]+:|#', t := a or b)]
     return [t for t in local if not (page.parent/t).exists()]
 
 # %% ../nbs/16_pages.ipynb #f7170421

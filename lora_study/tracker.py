@@ -239,7 +239,7 @@ def frame(
     used = [(v, w) for v, w in asked.values() if v is not None]
     rows = db.execute(f"select * from runs {'where ' + ' and '.join(w for _, w in used) if used else ''} order by rowid", [v for v, _ in used]).fetchall()
     values = {}
-    for m in db.execute('select study, run_id, name, value from metrics where step=-1'): values.setdefault((m['study'], m['run_id']), {})[m['name']] = m['value']
+    for s, rid, name, v in db.execute(f"select study, run_id, name, value from metrics where step=-1{' and study=?' if study is not None else ''}", [study] if study is not None else []): values.setdefault((s, rid), {})[name] = v
     keep = ('study', 'run_id', 'label', 'status', 'attempt', 'started', 'ended', 'error_kind', 'error_message', 'notebook')
     flat = [{k: r[k] for k in keep} | json.loads(r['config']) | json.loads(r['provenance'] or '{}') | values.get((r['study'], r['run_id']), {}) for r in rows]
     df = pd.DataFrame(flat, columns=None if flat else [*keep, *Run.model_fields])

@@ -1,9 +1,10 @@
 "The walk from a study file to a report, through real papermill runs."
-import json
+import json, re
 import pytest
 from conftest import ROOT, STUDY, TINY, cli, shared
-from lora_study import tracker
+from lora_study import evidence, tracker
 from lora_study.config import Run, expand, read_study, run_id, sealed
+from lora_study.document import faults
 from lora_study.pages import broken_links
 from lora_study.sweep import read_template, run_point
 
@@ -18,6 +19,9 @@ def test_the_same_run_twice_gives_the_same_record_to_the_bit(folder):
     assert timeless(first) == timeless(second)
     assert first.provenance['applied_lora_dropout'] == .1 and first.provenance['applied_trainable_params'] == first.metrics['trainable_params'] # read back from the model
     assert len(first.curves['train']) == 4 and [p['step'] for p in first.curves['validation']] == [0, 2, 4]
+
+def linked(page): # the notebooks a page leads to, each once: every number of a run is a link now
+    return re.findall(r'^\[\d+\]: (\S+\.ipynb)$', page.read_text(), re.M)
 
 def test_a_saved_adapter_loads_with_plain_peft_and_scores_the_same(folder):
     import torch
@@ -41,10 +45,14 @@ def test_a_study_ends_in_a_report_whose_numbers_and_links_hold(study_file):
     page = study_file.parent/'results/tiny/RESULTS.md'
     text = page.read_text()
     assert broken_links(page) == []
-    assert text.count('.ipynb)') == 4
+    assert len(linked(page)) == 4
+    assert faults((page.parent/'report.html').read_text(), page.parent) == []
     for point in page.parent.glob('points/*.ipynb'): # papermill stores a whole template as the path it came from
         assert json.loads(point.read_text())['metadata']['papermill']['input_path'] == '50_point.ipynb'
-    for r, g in df.groupby('lora_r'): assert f'{g.test_nll.mean():.3f} ± {g.test_nll.std():.3f}' in text
+    known = evidence.gather(db, 'tiny')
+    for name in known: # the mean of each setting with its interval over seeds
+        m = evidence.mean(known, name)
+        assert re.search(rf'\[{m.estimate:.3f}\]\[\d+\] {max(m.low, 0):.3f} to {m.high:.3f}', text), (name, m)
     for _, row in df.iterrows(): # stored per-example scores add up to what is reported
         for which in ('base', 'test'):
             s = tracker.example_scores(db, 'tiny', row.run_id, which)
@@ -65,7 +73,7 @@ def test_a_study_ends_in_a_report_whose_numbers_and_links_hold(study_file):
     asked = cli('runs', '--where', 'lora_r=4', '--where', 'seed=1')
     assert asked.stdout.splitlines()[-1] == '1 runs'
     assert cli('report', study_file, '--set', 'axes={lora_r: [2]}').returncode == 0 # what a study no longer asks for leaves its page and its records
-    assert page.read_text().count('.ipynb)') == (page.parent/'records.jsonl').read_text().count('\n') == 2
+    assert len(linked(page)) == (page.parent/'records.jsonl').read_text().count('\n') == 2
 
 def test_what_failed_is_recorded_and_done_again(study_file):
     from unittest.mock import patch
@@ -93,7 +101,7 @@ def test_a_study_may_generate_nothing(study_file):
     study_file.write_text(STUDY.replace('[2, 4]', '[2]').replace('[0, 1]', '[0]').replace('generate_size: 2', 'generate_size: 0'))
     done = cli('run', study_file)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert 'exact match' not in (study_file.parent/'results/tiny/RESULTS.md').read_text().partition('The spread')[0]
+    assert 'exact match' not in (study_file.parent/'results/tiny/RESULTS.md').read_text().partition('## Methods')[0]
 
 def test_a_run_that_diverges_is_data(study_file):
     study_file.write_text(STUDY.replace('[2, 4]', '[2]').replace('[0, 1]', '[0]') + 'learning_rate: 1e30\n')
