@@ -7,7 +7,7 @@ __all__ = ['Count', 'Positive', 'Fraction', 'NotNegative', 'Seed', 'Layers', 'HA
            'STUDY_KEYS', 'BadInput', 'Run', 'unused', 'canonical', 'run_id', 'local_path', 'fingerprint',
            'world_digest', 'content_hash', 'data_path', 'data_digest', 'sealed', 'Study', 'combinations',
            'first_problem', 'Point', 'check_arguments', 'resolved', 'expand', 'check_together', 'check_value', 'label',
-           'varied', 'Loader', 'line_of', 'read_yaml', 'read_study', 'template_file']
+           'varied', 'Loader', 'line_of', 'read_yaml', 'asked_claims', 'read_study', 'template_file']
 
 # %% ../nbs/00_config.ipynb #45b22ad4
 import difflib, hashlib, itertools, json, math, re
@@ -355,6 +355,12 @@ def read_yaml(path:Path) -> dict:
     if not isinstance(data, dict): raise BadInput(f'{path}: got {type(data).__name__ if data is not None else "an empty file"}: expected a mapping of arguments')
     return data
 
+# %% ../nbs/00_config.ipynb #098624d7
+def asked_claims(data:dict) -> dict: # a study file's mapping
+    "The same with its `claims`, `stage` and `rates` turned into runs"
+    from lora_study.designs import study_of
+    return study_of(data)
+
 # %% ../nbs/00_config.ipynb #28fce6f7
 def read_study(
     path,             # of a .yaml file
@@ -363,8 +369,9 @@ def read_study(
     "A checked study; its name is the file's unless it gives one"
     path = Path(path)
     data = {'name': path.stem, **read_yaml(path), **overrides}
-    shared = {k: v for k, v in data.items() if k not in STUDY_KEYS}
     try:
+        if 'claims' in data: data = asked_claims(data)
+        shared = {k: v for k, v in data.items() if k not in STUDY_KEYS}
         try: study = Study(**{k: v for k, v in data.items() if k in STUDY_KEYS}, shared=shared)
         except ValidationError as e: raise BadInput(first_problem(e)[1]) from None
         expand(study)
