@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'StudyFile', 'Results', 'Override', 'Device', 'told', 'overrides', 'existing_db', 'settle_offline', 'plan',
-           'progress', 'on_sigterm', 'run', 'report_of', 'report', 'runs', 'show', 'export', 'import_', 'claims',
-           'design', 'prepare_data', 'evaluate', 'validate', 'init', 'main']
+           'progress', 'on_sigterm', 'run', 'report_of', 'report', 'runs', 'show', 'export', 'import_', 'recommend',
+           'compare', 'prepare_data', 'evaluate', 'validate', 'init', 'main']
 
 # %% ../nbs/15_cli.ipynb #52e932fa
 import functools, json, logging, os, signal, socket, sys
@@ -189,51 +189,44 @@ def export(study:Annotated[str, typer.Argument(help='A study\'s name.')], result
 # %% ../nbs/15_cli.ipynb #c5f72e26
 @app.command('import')
 @told
-def import_(file:Annotated[Path, typer.Argument(help='A records.jsonl, or a CSV of configurations and metrics measured elsewhere.')], results:Results=Path('results'),
-            study:Annotated[Optional[str], typer.Option(help='The name a CSV is kept under.')]=None):
-    "Rebuild database rows from an exported study, or take in results from elsewhere."
-    from lora_study.elsewhere import import_table, read_table
+def import_(file:Annotated[Path, typer.Argument(help='A records.jsonl.')], results:Results=Path('results')):
+    "Rebuild database rows from an exported study."
     from lora_study.tracker import import_records, open_db
     if not file.is_file(): raise BadInput(f'{file}: no such file')
-    if file.suffix != '.csv': typer.echo(f"{import_records(open_db(results/'study.db'), file)} runs taken in"); return
-    if not study: raise BadInput(f'{file}: a CSV needs a name: give --study')
-    read_table(file) # refuse before a database is made
-    n, extra = import_table(open_db(results/'study.db'), file, study)
-    typer.echo(f'{n} runs taken in as {study}, marked as measured elsewhere' + (f'; kept as extra: {", ".join(extra)}' if extra else ''))
+    typer.echo(f"{import_records(open_db(results/'study.db'), file)} runs taken in")
 
-# %% ../nbs/15_cli.ipynb #167656f2
+# %% ../nbs/15_cli.ipynb #e3a58fa7
 @app.command()
 @told
-def claims(id:Annotated[Optional[str], typer.Argument(help='One claim in full, such as A1.', show_default=False)]=None, results:Results=Path('results'),
-           studies:Annotated[Optional[list[str]], typer.Option(help='A study\'s name or file. May be repeated; all otherwise.')]=None,
-           margin:Annotated[Optional[float], typer.Option(help='δ, the smallest difference in held-out NLL that matters; a study file\'s own otherwise.')]=None,
-           write:Annotated[bool, typer.Option('--write', help='Write claims/CLAIMS.md and claims/verdicts.json into the results folder.')]=False):
-    "Published claims: which the data in hand can test, and what they say."
-    from lora_study import ledger
-    if margin is not None and not margin > 0: raise BadInput(f'--margin {margin}: expected a number above 0')
-    found = ledger.findings(existing_db(results), studies, [id] if id else None, margin, results)
-    typer.echo(ledger.detail(id, found[id]) if id else ledger.overview(found))
-    if write and id: raise BadInput('--write: the page holds all claims: leave the id out')
-    if write: typer.echo(ledger.write(found, results))
+def recommend(studies:Annotated[list[str], typer.Argument(help='Names of studies.')], results:Results=Path('results'),
+              limit:Annotated[Optional[str], typer.Option(help='Memory: 24GB, 8GiB, or a GPU such as H100.')]=None,
+              goal:Annotated[str, typer.Option(help='best, cheapest (within a tie of the best), smallest or fastest (inference).')]='best',
+              by:Annotated[Optional[str], typer.Option(help='What is cheap: time, parameters, memory, disk or answer.')]=None,
+              metric:Annotated[str, typer.Option(help='What quality is.')]='test_nll',
+              margin:Annotated[Optional[float], typer.Option(help='The smallest difference in held-out NLL that matters, nats a token.')]=None,
+              where:Annotated[Optional[list[str]], typer.Option(help='argument=value. May be repeated.')]=None):
+    "Which measured setting to train, why, what it costs and gives up, and a PEFT/TRL snippet. Exit code 1: nothing fits."
+    from lora_study import evidence
+    from lora_study.recommend import page, recommend, snippet
+    found = recommend(evidence.gather(existing_db(results), *studies, margin=margin, where=overrides(where)), limit, goal, by, metric)
+    typer.echo(page(found) + '\n\n' + snippet(found))
+    raise typer.Exit(0 if found.setting else 1)
 
-# %% ../nbs/15_cli.ipynb #63a76746
+# %% ../nbs/15_cli.ipynb #6cbb3a6b
 @app.command()
 @told
-def design(claims:Annotated[str, typer.Argument(help='Claims, such as A1,B3.')], out:Annotated[Path, typer.Option(help='The study file to write.')], base:Annotated[Optional[Path], typer.Option(help='A study file whose shared arguments are taken over.')]=None,
-           stage:Annotated[str, typer.Option(help='noise, grid, few or fresh.')]='grid', rates:Annotated[str, typer.Option(help='LoRA\'s learning rates.')]='1e-3,5e-3,2e-2', results:Results=Path('results')):
-    "Write a study file with the runs that claims need."
-    from lora_study import designs
-    from lora_study.config import read_study
-    from lora_study.tracker import write_whole
-    if out.exists(): raise BadInput(f'{out}: already there: choose another name')
-    try: grid = sorted(float(r) for r in rates.split(','))
-    except ValueError: raise BadInput(f'--rates {rates}: expected numbers with commas between') from None
-    chosen = None
-    if stage in ('few', 'fresh'):
-        from lora_study.claims import bodies
-        have = bodies(existing_db(results)); chosen = designs.known_best(have[0]) if have else None
-    write_whole(out, designs.study_text(claims.split(','), stage, grid, read_study(base).shared if base else {}, chosen))
-    typer.echo(f'{out}: see its runs with `lora-study plan {out}`')
+def compare(a:Annotated[str, typer.Argument(help='A study, a records.jsonl, or the folder of one.')], b:Annotated[str, typer.Argument(help='The same, held against the first.')], results:Results=Path('results'),
+            gate:Annotated[bool, typer.Option(help='Exit code 1 if anything is worse beyond noise, or broken.')]=False,
+            at:Annotated[Optional[str], typer.Option(help='ISO time: of the first, runs that ended before; of the second, since.')]=None,
+            margin:Annotated[Optional[float], typer.Option(help='Differences in held-out NLL below it do not count, nats a token.')]=None,
+            across:Annotated[Optional[list[str]], typer.Option(help='An argument that may differ. May be repeated.')]=None):
+    "What moved between two studies beyond noise."
+    from lora_study.regress import compare_studies, page, short_names, side
+    db = existing_db(results) if (results/'study.db').is_file() else None
+    names = ('before', 'since') if at and a == b else short_names(a, b)
+    moved = compare_studies(side(a, db, until=at), side(b, db, since=at), names, margin, tuple(across or ()))
+    typer.echo(page(moved))
+    raise typer.Exit(1 if gate and moved.failed else 0)
 
 # %% ../nbs/15_cli.ipynb #79d27adc
 @app.command('prepare-data')
