@@ -10,7 +10,6 @@ __all__ = ['QUANTIZED', 'USED', 'DECIDED', 'change', 'rank_memory', 'placement',
 
 # %% ../nbs/40_answers.ipynb #d9f4c343
 from dataclasses import replace
-from importlib.util import find_spec
 import numpy as np
 import pandas as pd
 from . import figures, plots
@@ -288,7 +287,6 @@ DECIDED = dict(CONFIRMED='confirmed', REFUTED='refuted', EQUIVALENT='confirmed a
 # %% ../nbs/40_answers.ipynb #d6d97889
 def published(e:Evidence, up:str='../') -> Answer:
     "Which published claims do these runs confirm, and which do they refute?"
-    if find_spec('lora_study.claims') is None: return Answer('This version has no register of claims: a later one answers with lora-study findings ' + ' '.join(e.studies) + '.', 'missing')
     from lora_study.claims import EXACT, body, testify
     from lora_study.register import CLAIMS, FAMILIES
     b = body(e)
@@ -297,8 +295,8 @@ def published(e:Evidence, up:str='../') -> Answer:
     decided = [i for w in DECIDED for i in of[w]]
     open_ = next(iter([*of.get('INCONCLUSIVE', ()), *of.get('INVALID-EDGE', ())]), None)
     counts = ', '.join(f'{len(ids)} {DECIDED.get(w, w.lower().replace("-", " "))}' for w, ids in of.items() if ids or w in DECIDED)
-    first = (decided or [open_])[0]
-    text = f'Of {len(found)} published claims: {counts}' + (f'; {first}, {CLAIMS[first].name}: {found[first].sentence}' if first else f'. The first that these runs could be extended to test: {next((f.command for f in found.values() if f.command), "none")}.')
+    first = min(decided, key=lambda i: found[i].effect is None or found[i].effect.low is None, default=open_) # one with an interval, where there is one
+    text = f'Of {len(found)} published claims: {counts}' + (f'; {first}, {CLAIMS[first].name} (n = {found[first].n}): {found[first].sentence}' if first else f'. The first that these runs could be extended to test: {next((f.command for f in found.values() if f.command), "none")}.')
     commands = [f.command for f in found.values() if f.command]
     missing = ((f'Studies that would test {len(commands)} more claims; each line writes the file of one.', '\n'.join(commands)),) if commands else ()
     chart = pd.DataFrame([dict(claim=f'{i} {CLAIMS[i].name}', group=FAMILIES[i[0]], verdict=f.verdict) for i, f in found.items()])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'StudyFile', 'Results', 'Override', 'Device', 'told', 'overrides', 'existing_db', 'settle_offline', 'plan',
-           'progress', 'on_sigterm', 'run', 'report_of', 'report', 'runs', 'show', 'export', 'import_', 'recommend',
-           'compare', 'prepare_data', 'evaluate', 'validate', 'init', 'main']
+           'progress', 'on_sigterm', 'run', 'report_of', 'report', 'findings', 'runs', 'show', 'export', 'import_',
+           'claims', 'design', 'recommend', 'compare', 'prepare_data', 'evaluate', 'validate', 'init', 'main']
 
 # %% ../nbs/15_cli.ipynb #52e932fa
 import functools, json, logging, os, signal, socket, sys
@@ -140,6 +140,22 @@ def report(file:StudyFile, results:Results=Path('results'), set:Override=None):
     from lora_study.config import read_study
     typer.echo(report_of(read_study(file, overrides(set)), results))
 
+# %% ../nbs/15_cli.ipynb #e8456948
+@app.command()
+@told
+def findings(studies:Annotated[list[str], typer.Argument(metavar='STUDY...', help='Study files or names; several stand together.', show_default=False)], results:Results=Path('results'),
+             margin:Annotated[Optional[float], typer.Option(help='Smallest difference in held-out NLL that matters, nats a token; otherwise the study file\'s, or 2 % of the gain.')]=None,
+             only:Annotated[Optional[list[str]], typer.Option(help='Beginning of a page\'s name, such as 60. May be repeated.')]=None):
+    "Answer the questions of a finished study: one executed notebook each."
+    from lora_study.config import read_study
+    from lora_study.findings import write_findings
+    files = {s: read_study(s) for s in studies if s.endswith(('.yaml', '.yml'))}
+    margins = {f.margin for f in files.values() if f.margin}
+    if margin is None and len(margins) > 1: raise BadInput(f'margin: {" and ".join(f"{m:g}" for m in sorted(margins))} in {", ".join(files)}: expected one: give --margin')
+    pages = write_findings([files[s].name if s in files else s for s in studies], results, margin or next(iter(margins), None), only, typer.echo)
+    if not pages: raise BadInput(f'--only {" ".join(only)}: no page begins so: expected 60 to 69')
+    typer.echo(f'findings:  {pages[0].parent}/')
+
 # %% ../nbs/15_cli.ipynb #f7837b49
 @app.command()
 @told
@@ -189,11 +205,51 @@ def export(study:Annotated[str, typer.Argument(help='A study\'s name.')], result
 # %% ../nbs/15_cli.ipynb #c5f72e26
 @app.command('import')
 @told
-def import_(file:Annotated[Path, typer.Argument(help='A records.jsonl.')], results:Results=Path('results')):
-    "Rebuild database rows from an exported study."
+def import_(file:Annotated[Path, typer.Argument(help='A records.jsonl, or a CSV of configurations and metrics measured elsewhere.')], results:Results=Path('results'),
+            study:Annotated[Optional[str], typer.Option(help='The name a CSV is kept under.')]=None):
+    "Rebuild database rows from an exported study, or take in results from elsewhere."
+    from lora_study.elsewhere import import_table, read_table
     from lora_study.tracker import import_records, open_db
     if not file.is_file(): raise BadInput(f'{file}: no such file')
-    typer.echo(f"{import_records(open_db(results/'study.db'), file)} runs taken in")
+    if file.suffix != '.csv': typer.echo(f"{import_records(open_db(results/'study.db'), file)} runs taken in"); return
+    if not study: raise BadInput(f'{file}: a CSV needs a name: give --study')
+    read_table(file) # refuse before a database is made
+    n, extra = import_table(open_db(results/'study.db'), file, study)
+    typer.echo(f'{n} runs taken in as {study}, marked as measured elsewhere' + (f'; kept as extra: {", ".join(extra)}' if extra else ''))
+
+# %% ../nbs/15_cli.ipynb #167656f2
+@app.command()
+@told
+def claims(id:Annotated[Optional[str], typer.Argument(help='One claim in full, such as A1.', show_default=False)]=None, results:Results=Path('results'),
+           studies:Annotated[Optional[list[str]], typer.Option(help='A study\'s name or file. May be repeated; all otherwise.')]=None,
+           margin:Annotated[Optional[float], typer.Option(help='δ, the smallest difference in held-out NLL that matters; a study file\'s own otherwise.')]=None,
+           write:Annotated[bool, typer.Option('--write', help='Write claims/CLAIMS.md and claims/verdicts.json into the results folder.')]=False):
+    "Published claims: which the data in hand can test, and what they say."
+    from lora_study import ledger
+    if margin is not None and not margin > 0: raise BadInput(f'--margin {margin}: expected a number above 0')
+    found = ledger.findings(existing_db(results), studies, [id] if id else None, margin, results)
+    typer.echo(ledger.detail(id, found[id]) if id else ledger.overview(found))
+    if write and id: raise BadInput('--write: the page holds all claims: leave the id out')
+    if write: typer.echo(ledger.write(found, results))
+
+# %% ../nbs/15_cli.ipynb #63a76746
+@app.command()
+@told
+def design(claims:Annotated[str, typer.Argument(help='Claims, such as A1,B3.')], out:Annotated[Path, typer.Option(help='The study file to write.')], base:Annotated[Optional[Path], typer.Option(help='A study file whose shared arguments are taken over.')]=None,
+           stage:Annotated[str, typer.Option(help='noise, grid, few or fresh.')]='grid', rates:Annotated[str, typer.Option(help='LoRA\'s learning rates.')]='1e-3,5e-3,2e-2', results:Results=Path('results')):
+    "Write a study file with the runs that claims need."
+    from lora_study import designs
+    from lora_study.config import read_study
+    from lora_study.tracker import write_whole
+    if out.exists(): raise BadInput(f'{out}: already there: choose another name')
+    try: grid = sorted(float(r) for r in rates.split(','))
+    except ValueError: raise BadInput(f'--rates {rates}: expected numbers with commas between') from None
+    chosen = None
+    if stage in ('few', 'fresh'):
+        from lora_study.claims import bodies
+        have = bodies(existing_db(results)); chosen = designs.known_best(have[0]) if have else None
+    write_whole(out, designs.study_text(claims.split(','), stage, grid, read_study(base).shared if base else {}, chosen))
+    typer.echo(f'{out}: see its runs with `lora-study plan {out}`')
 
 # %% ../nbs/15_cli.ipynb #e3a58fa7
 @app.command()

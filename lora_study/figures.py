@@ -339,7 +339,7 @@ def optimum(
     tried = df.assign(one=1).pivot_table(index='seed', columns=x, values='one').reindex_like(table).notna().all(axis=1)
     return best_learning_rate(table.columns.to_numpy(), table[tried].to_numpy(), rng)
 
-# %% ../nbs/33_figures.ipynb #d3c76855
+# %% ../nbs/33_figures.ipynb #d91a0844
 @styled
 def rate_lines(
     df:pd.DataFrame, metric:str='test_nll', # a loss
@@ -366,7 +366,7 @@ def rate_lines(
         low.plot(spot, row, marker=how['marker'], color=how['color'], ms=6, mfc=how['color'] if o.valid else 'white')
     label_levels(low, sorted(df[x].unique()))
     words = [f'{axis_name(y)} {n}: ' + (f'{say(o.rate)}' + (f' ({say(o.low)} to {say(o.high)})' if o.low is not None else '') if o.valid else o.note) for (n, _), o in zip(parts, found)]
-    return described(fig, f'Best {axis_name(x)} of {len(parts)} settings. {"; ".join(words)}.', 'Below, the vertex of a parabola through the best rate and its neighbours, with its 95 % bootstrap interval; hollow: the best rate tried is at the edge of the grid, so the true one may lie beyond.')
+    return described(fig, f'Best {axis_name(x)} of {len(parts)} settings. {"; ".join(words)}.', 'Below, the vertex of a parabola through the best rate and its neighbours, with its 95 % bootstrap interval; hollow: the best rate tried is at the edge of the grid, so the true one may lie beyond; no mark: at every rate a run diverged or is not there.')
 
 # %% ../nbs/33_figures.ipynb #fd4b019d
 VERDICT_MARKS = dict(better=dict(marker='v', color='#009e73'), worse=dict(marker='^', color='#d55e00'), equivalent=dict(marker='D', color=INK), undecided=dict(marker='o', color='#555555'), invalid=dict(marker='X', color='#888888'))
@@ -399,11 +399,11 @@ def forest(
     return described(fig, f'{len(cs)} paired differences in {name}. ' + ' '.join(v.sentence for v in verdicts[:6]) + (f' And {len(cs) - 6} more.' if len(cs) > 6 else ''),
                      f'Estimates with 95 % intervals, paired by seed; n counts seeds. Hollow points have no interval{", and where a margin δ was set, it is shaded" if any(c.margin for c in cs) else ""}.')
 
-# %% ../nbs/33_figures.ipynb #8ab600b4
+# %% ../nbs/33_figures.ipynb #f58c18d7
 def draw_difference(ax, e, y:float, mark:dict, edges:tuple):
     "One row of a forest: an arrow where it goes on beyond the axis"
     if e.estimate is None: return
-    inner = lambda v: min(max(v, edges[0]), edges[1])
+    room = .02*(edges[1] - edges[0]); inner = lambda v: min(max(v, edges[0] + room), edges[1] - room)
     if e.low is not None:
         ax.plot([inner(e.low), inner(e.high)], [y, y], color=mark['color'], lw=1.4)
         for v, m in ((e.low, '<'), (e.high, '>')):

@@ -62,10 +62,10 @@ def house():
 def styled(
     make, # returns a Figure
 ):
-    "Runs a function that builds a figure in the house's style and lays the figure out"
+    "Runs a function that builds a figure in the house's style, lays the figure out and leaves it so"
     @functools.wraps(make)
     def inner(*args, **kwargs):
-        with house(): fig = make(*args, **kwargs); settle(fig); return fig
+        with house(): fig = make(*args, **kwargs); settle(fig); fig.set_layout_engine('none'); return fig # laid out again, a colour bar would move
     return inner
 
 # %% ../nbs/13_plots.ipynb #088c7aa5
@@ -226,7 +226,7 @@ def place(
             leaders.append(ax.add_line(Line2D(*ax.transData.inverted().transform(leader.reshape(2, 2)).T, color=LINE, lw=.5, zorder=1.5)))
     return True
 
-# %% ../nbs/13_plots.ipynb #fb926063
+# %% ../nbs/13_plots.ipynb #bbef1592
 def legend(
     fig:Figure, handles:list, labels:list,
     loc:str='outside upper left', # outside, so that it covers no data
@@ -236,7 +236,8 @@ def legend(
     room, beside = fig.get_figwidth()*72 - 16, 34
     labels = [wrapped(l, room - beside) for l in labels]
     widest = max(text_width(line) for l in labels for line in l.split('\n')) + beside
-    box = fig.legend(handles, labels, loc=loc, ncols=int(max(1, min(len(labels), room//widest))), frameon=False, handlelength=2.4, handletextpad=.6, columnspacing=1, borderaxespad=.2, **more)
+    lines = math.ceil(len(labels)/max(1, room//widest)) # columns of even length
+    box = fig.legend(handles, labels, loc=loc, ncols=math.ceil(len(labels)/lines), frameon=False, handlelength=2.4, handletextpad=.6, columnspacing=1, borderaxespad=.2, **more)
     fig.set_figheight(fig.get_figheight() + box.get_window_extent(FigureCanvasAgg(fig).get_renderer()).height/fig.dpi)
     return box
 
