@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'StudyFile', 'Results', 'Override', 'Device', 'told', 'overrides', 'existing_db', 'settle_offline', 'plan',
-           'progress', 'on_sigterm', 'run', 'report_of', 'study_named', 'report', 'runs', 'show', 'export', 'import_',
-           'claims', 'design', 'mirror', 'recommend', 'compare', 'prepare_data', 'evaluate', 'validate', 'init', 'main']
+           'progress', 'on_sigterm', 'run', 'report_of', 'study_named', 'report', 'findings', 'runs', 'show', 'export',
+           'import_', 'claims', 'design', 'mirror', 'recommend', 'compare', 'prepare_data', 'evaluate', 'validate',
+           'init', 'main']
 
 # %% ../nbs/15_cli.ipynb #52e932fa
 import functools, json, logging, os, signal, socket, sys
@@ -156,6 +157,22 @@ def report(what:Annotated[list[str], typer.Argument(metavar='STUDY...', help='St
     if len(found) == 1 and out is None and any(Path(w).is_file() for w in what): where = report_of(found[0][0], results)
     else: where = write_joint(db, [s for s, _ in found], results, out, {i for _, ids in found for i in ids})
     typer.echo(f"{where}\n{where.with_name('report.html')}")
+
+# %% ../nbs/15_cli.ipynb #e8456948
+@app.command()
+@told
+def findings(studies:Annotated[list[str], typer.Argument(metavar='STUDY...', help='Study files or names; several stand together.', show_default=False)], results:Results=Path('results'),
+             margin:Annotated[Optional[float], typer.Option(help='Smallest difference in held-out NLL that matters, nats a token; otherwise the study file\'s, or 2 % of the gain.')]=None,
+             only:Annotated[Optional[list[str]], typer.Option(help='Beginning of a page\'s name, such as 60. May be repeated.')]=None):
+    "Answer the questions of a finished study: one executed notebook each."
+    from lora_study.config import read_study
+    from lora_study.findings import write_findings
+    files = {s: read_study(s) for s in studies if s.endswith(('.yaml', '.yml'))}
+    margins = {f.margin for f in files.values() if f.margin}
+    if margin is None and len(margins) > 1: raise BadInput(f'margin: {" and ".join(f"{m:g}" for m in sorted(margins))} in {", ".join(files)}: expected one: give --margin')
+    pages = write_findings([files[s].name if s in files else s for s in studies], results, margin or next(iter(margins), None), only, typer.echo)
+    if not pages: raise BadInput(f'--only {" ".join(only)}: no page begins so: expected 60 to 69')
+    typer.echo(f'findings:  {pages[0].parent}/')
 
 # %% ../nbs/15_cli.ipynb #f7837b49
 @app.command()

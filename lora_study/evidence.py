@@ -24,6 +24,7 @@ SEEDS = ('seed', 'init_seed', 'data_seed')
 # %% ../nbs/29_evidence.ipynb #cdea3e54
 def shown(value) -> str: # of an argument
     "A value as a name may hold it"
+    if value is None or value != value: return 'None' # pandas has no None among strings
     return '+'.join(str(v).removesuffix('_proj') for v in value) if isinstance(value, (list, tuple)) else f'{value:g}' if isinstance(value, float) else str(value)
 
 # %% ../nbs/29_evidence.ipynb #309da245
