@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['COUNTERS', 'DATA', 'PRECISIONS', 'GIVES_UP', 'present', 'finished', 'typed', 'same', 'longest', 'calibration',
-           'elapsed', 'batch_of', 'steps_of', 'timed', 'forecast', 'totals', 'amount_of', 'span', 'table', 'summary',
-           'largest', 'fitting']
+           'elapsed', 'batch_of', 'steps_of', 'timed', 'forecast', 'totals', 'amount_of', 'span', 'named', 'table',
+           'parts_table', 'summary', 'largest', 'fitting']
 
-# %% ../nbs/35_forecast.ipynb #fd396559
-import json, math, shutil, subprocess
+# %% ../nbs/35_forecast.ipynb #9723f473
+import math, shutil, subprocess
 from datetime import datetime
 from itertools import product
 import psutil
 from statistics import median
-from .config import BadInput, Run, Study, expand, run_id, varied
-from .memory import at_peak, predicted, step_of, verdict
+from .config import Run, Study, canonical, expand, run_id, varied
+from .memory import PARTS, at_peak, predicted, step_of, verdict
 from .shapes import Shape, shape_of, trainable
 
 # %% ../nbs/35_forecast.ipynb #3de1fd7f
@@ -81,12 +81,12 @@ def steps_of(run:Run, done:list) -> int | None: # None: the size of the data is 
     n = run.train_size or next((int(round(r['train_steps']*batch_of(r['run'])/r['run'].num_train_epochs)) for r in done if r['run'].max_steps < 0 and same(r['run'], run, (*DATA, 'train_size'))), None)
     return n and math.ceil(run.num_train_epochs*math.ceil(n/run.per_device_train_batch_size)/run.gradient_accumulation_steps)
 
-# %% ../nbs/35_forecast.ipynb #40538c37
+# %% ../nbs/35_forecast.ipynb #c9999f0a
 def timed(run:Run, done:list, name:str, kind:str) -> dict | None: # step_s, total_s, how; None: nothing was measured
     "A run's time, scaled from measured steps of the same base and device"
     mine = [r for r in done if r['run'].base_hash == run.base_hash and r.get('device') == kind and r.get('train_steps') and (kind == 'cpu' or name.lower() in str(r.get('device_name')).lower())]
     if not mine: return None
-    asked = lambda r: json.dumps(r.model_dump(exclude={'seed', 'init_seed', 'data_seed'}), sort_keys=True)
+    asked = lambda r: canonical(r.model_copy(update=dict(seed=0, init_seed=None, data_seed=None)))
     own = [r for r in mine if asked(r['run']) == asked(run)]
     example = lambda r: r['tok_s']*r['step_s']/batch_of(r['run']) # tokens
     known = [example(r) for r in mine if same(r['run'], run, DATA)]
@@ -95,7 +95,7 @@ def timed(run:Run, done:list, name:str, kind:str) -> dict | None: # step_s, tota
     steps, rest = steps_of(run, own or mine), median(elapsed(r) - r['train_s'] for r in own or mine)
     return dict(step_s=step, total_s=None if steps is None else steps*step + rest, how='same setting' if own else 'scaled by tokens' if known else 'scaled, rows taken as full')
 
-# %% ../nbs/35_forecast.ipynb #d2abfc80
+# %% ../nbs/35_forecast.ipynb #508115cd
 def forecast(
     study:Study,
     db=None,           # finished runs, from `tracker.open_db`
@@ -115,7 +115,7 @@ def forecast(
         left, time = [r for r in runs if run_id(r) not in ended], timed(run, every, name, kind)
         out.append(dict(setting={v: getattr(run, v) for v in varied(study)}, runs=len(runs), done=len(runs) - len(left), low=low, expected=mid, high=high, verdict=verdict(low, mid, high, room), calibrated_on=n,
                         trainable=trainable(run, base), step_s=time and time['step_s'], how=time['how'] if time else 'no measured step', left_s=0. if not left else time and time['total_s'] and len(left)*time['total_s'],
-                        spent_s=sum(ended[run_id(r)] for r in runs if run_id(r) in ended), parts={k: v for k, v in p.items()}))
+                        spent_s=sum(ended[run_id(r)] for r in runs if run_id(r) in ended), parts={part: ratio*p[f'predicted_{part}_bytes'] for part in PARTS}))
     return out
 
 # %% ../nbs/35_forecast.ipynb #6f6421b3
@@ -135,14 +135,24 @@ def span(seconds:float|None) -> str:
     if seconds is None: return '–'
     return f'{1000*seconds:,.0f} ms' if seconds < 1 else f'{seconds:,.1f} s' if seconds < 120 else f'{seconds/60:,.1f} min' if seconds < 7200 else f'{seconds/3600:,.1f} h'
 
-# %% ../nbs/35_forecast.ipynb #a800edbc
+# %% ../nbs/35_forecast.ipynb #e02e3d73
+def named(setting:dict) -> str:
+    "A setting in words"
+    show = lambda v: ','.join(v) if isinstance(v, list) else f'{v:g}' if isinstance(v, float) else str(v)
+    return ' '.join(f'{k}={show(v)}' for k, v in setting.items()) or 'all runs'
+
+# %% ../nbs/35_forecast.ipynb #5ecced78
 def table(rows:list, price:float|None=None) -> list[dict]: # price: of an hour
     "A forecast as text cells"
-    show = lambda v: ','.join(v) if isinstance(v, list) else f'{v:g}' if isinstance(v, float) else str(v)
-    name = lambda s: ' '.join(f'{k}={show(v)}' for k, v in s.items()) or 'all runs'
-    cells = [dict(setting=name(r['setting']), done=f"{r['done']}/{r['runs']}", low=amount_of(r['low']), expected=amount_of(r['expected']), high=amount_of(r['high']), verdict=r['verdict'], trainable=f"{r['trainable']:,}",
+    cells = [dict(setting=named(r['setting']), done=f"{r['done']}/{r['runs']}", low=amount_of(r['low']), expected=amount_of(r['expected']), high=amount_of(r['high']), verdict=r['verdict'], trainable=f"{r['trainable']:,}",
                   step=span(r['step_s']), to_go=span(r['left_s']), time=r['how']) for r in rows]
     return cells if price is None else [c | dict(cost='–' if r['left_s'] is None else f"{r['left_s']/3600*price:,.2f}") for c, r in zip(cells, rows)]
+
+# %% ../nbs/35_forecast.ipynb #be8ef0b7
+def parts_table(rows:list) -> list[dict]:
+    "What each setting's expected peak is made of, as text cells; what no setting has is left out"
+    used = [p for p in PARTS if any(r['parts'][p] >= 1 for r in rows)]
+    return [dict(setting=named(r['setting'])) | {p: amount_of(r['parts'][p]) for p in used} for r in rows]
 
 # %% ../nbs/35_forecast.ipynb #8b0aa5cf
 def summary(rows:list, device:tuple, price:float|None=None) -> str: # lines

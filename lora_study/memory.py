@@ -7,14 +7,14 @@ __all__ = ['LEVELS', 'RESERVE', 'PARTS', 'Step', 'level', 'weights', 'constants'
            'stored', 'activations', 'logits', 'transients', 'at_peak', 'step_of', 'predicted', 'devices', 'size',
            'card', 'verdict', 'published', 'against_published']
 
-# %% ../nbs/34_memory.ipynb #47133895
-import csv, math
+# %% ../nbs/34_memory.ipynb #fffa28fe
+import csv, math, re
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from statistics import median
 from .config import BadInput, Run
-from .shapes import Shape, adapted, nearest, placed, presets, shape, shape_of, trainable
+from .shapes import ROLES, Shape, adapted, nearest, placed, presets, shape, shape_of, trainable
 
 # %% ../nbs/34_memory.ipynb #693d244d
 @dataclass(frozen=True)
@@ -72,28 +72,29 @@ def optimizer(s:Step, at:str='expected') -> int: # bytes
     elif s.optim.startswith('paged'): number = 4
     return 0 if s.optim.startswith('paged') and at == 'low' else int(2*number*s.trained)
 
-# %% ../nbs/34_memory.ipynb #7c3e64ef
+# %% ../nbs/34_memory.ipynb #33dd67c4
 def layer_kept(s:Step, at:str='expected') -> float: # bytes a token
     "What one layer of the stack keeps, its adapters not counted"
     b, d, (h, q, k, f) = s.base, s.dtype, (s.base.hidden, s.base.q, s.base.k, s.base.ffn)
     padded = s.padded if at == 'expected' else at == 'high'
     if b.plain: kept = d*dict(gpt2=2*h + 2*q + 2*k + 4*f, gpt_neox=h + 3*q + 3*k + f, phi=h + 2*q + 2*k + 4*f)[b.plain] + (2*h if b.plain == 'gpt2' else 0) # GPT-2 drops out, a byte a number
     else: kept = 4*(b.norms*h + b.head_norms*(q + k)) + d*((3*q + 3*k if b.fused else 2*q + 2*k) + 3*f)
-    if s.targets is None: kept += d*(3*h + f if b.plain else 2*b.norms*h + f) + (4*b.norms*h if b.model_type.startswith('gemma') else 0)
+    if s.targets is None: kept += d*(f + 3*h if b.plain else f + b.head_norms*(q + k) + b.norms*h) + (0 if b.plain else (4 if b.model_type.startswith('gemma') else d)*b.norms*h) # Gemma scales its norms in float32
     if s.inputs: kept += d*(2*h + f)
     scores = (4 + 2*d if b.model_type == 'gemma2' else 3*4 if b.plain == 'gpt2' and s.device == 'cpu' else 0)*b.heads*s.length # attention written out: softmax, its cast, its cap
     return level(at, .9, 1, 1.15)*kept + 4*b.heads + scores + (2*d*(q - k) + d*s.length if padded and not scores else 0)
 
-# %% ../nbs/34_memory.ipynb #4013c386
+# %% ../nbs/34_memory.ipynb #98b7b8a6
 def adapter_kept(s:Step) -> float: # bytes a token
     "What all adapters keep"
     total, seen = 0, set()
     for t in s.targets or ():
-        own = s.adapter*s.rank + (s.adapter + 1)*t.inputs*s.dropout
-        source = (t.layer, 'feed-forward in' if t.kind == 'feed-forward' and t.inputs == s.base.hidden else 'attention in' if t.kind == 'attention' and t.outputs != s.base.hidden or t.last in ('q_proj', 'c_attn', 'query_key_value') else t.name)
-        if s.adapter != s.dtype: own += s.adapter*t.inputs
-        elif source not in seen and not s.dropout: own += s.dtype*t.inputs
-        seen.add(source); total += own
+        out = t.kind == 'attention' and re.fullmatch(ROLES['o'], t.last) # its input, attention's output, is kept anyway
+        source = (t.layer, t.kind, t.inputs) # what layers beside each other share
+        total += s.adapter*s.rank + (s.adapter + 1)*t.inputs*s.dropout
+        if s.adapter != s.dtype: total += s.adapter*t.inputs
+        elif not (out or source in seen or s.dropout): total += s.dtype*t.inputs
+        seen.add(source if not out else None)
     return total
 
 # %% ../nbs/34_memory.ipynb #d861a29a

@@ -35,11 +35,12 @@ FAMILIES = dict(llama={}, mistral={}, qwen2=dict(qkv_bias=True), qwen3=dict(head
                 gemma2=dict(tie_word_embeddings=True, norms=4), gemma3_text=dict(tie_word_embeddings=True, norms=4, head_norms=True), phi=dict(plain='phi'), gpt_neox=dict(plain='gpt_neox'),
                 gpt2=dict(plain='gpt2', tie_word_embeddings=True))
 
-# %% ../nbs/33_shapes.ipynb #3427a13f
+# %% ../nbs/33_shapes.ipynb #cd776c1e
 def settled(config:dict) -> dict: # the same names for every family, nothing left open
     "A config's numbers, gaps filled as transformers fills them"
     c = {OTHER_NAMES.get(k, k): v for k, v in config.items() if v is not None}
     c = dict(norms=2, head_norms=False, fused=False, plain='', qkv_bias=False, attention_bias=False, mlp_bias=False, tie_word_embeddings=False) | FAMILIES[c['model_type']] | c
+    if c['plain'] in ('gpt2', 'gpt_neox'): c.pop('num_key_value_heads', None) # as many as heads
     c = dict(num_key_value_heads=c['num_attention_heads'], head_dim=c['hidden_size']//c['num_attention_heads'], intermediate_size=4*c['hidden_size'], max_position_embeddings=0) | c
     return c | dict(q=c['num_attention_heads']*c['head_dim'], k=c['num_key_value_heads']*c['head_dim'])
 
@@ -67,8 +68,8 @@ def plain_layer(c:dict) -> tuple: # as `gated_layer`
     qkv = [(ins[0], h, q + 2*k, True)] if len(ins) == 1 else [(n, h, w, True) for n, w in zip(ins, (q, k, k))]
     return [*qkv, (out, q, h, True), (up, h, f, True), (down, f, h, True)], {f'{n}.{p}': h for n in norms for p in ('weight', 'bias')}
 
-# %% ../nbs/33_shapes.ipynb #c0717eca
-OUTSIDE = dict(gpt2=('transformer.h', 'transformer.wte', 'transformer.ln_f', 'lm_head'), gpt_neox=('gpt_neox.layers', 'gpt_neox.embed_in', 'gpt_neox.final_layer_norm', 'embed_out'),
+# %% ../nbs/33_shapes.ipynb #90ea9376
+OUTSIDE = dict(gpt2=('transformer.h', 'transformer.wte', 'transformer.ln_f', 'lm_head'), gpt_neox=('gpt_neox.layers', 'gpt_neox.embed_in', 'gpt_neox.final_layer_norm', 'lm_head'),
                phi=('model.layers', 'model.embed_tokens', 'model.final_layernorm', 'lm_head')) # stack, embeddings, last norm, head; others as Llama has them
 
 # %% ../nbs/33_shapes.ipynb #c780efb7
@@ -151,7 +152,7 @@ def shape_of(run:Run) -> Shape:
     from lora_study.model import skeleton
     return built_shape(skeleton(run))
 
-# %% ../nbs/33_shapes.ipynb #17f8ca05
+# %% ../nbs/33_shapes.ipynb #f940c300
 def built_shape(model) -> Shape: # a skeleton, on the meta device
     "The shape of a family the arithmetic does not know"
     from lora_study.model import linear_layers
@@ -159,9 +160,10 @@ def built_shape(model) -> Shape: # a skeleton, on the meta device
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     inside = {f'{l.name}.{p}' for l in tables for p in ('weight', 'bias')}
     get = lambda *names, default=0: next((v for n in names if (v := getattr(c, n, None))), default)
-    q = get('num_attention_heads')*get('head_dim', default=c.hidden_size//c.num_attention_heads)
-    return Shape(c.model_type, c.num_hidden_layers, c.hidden_size, q, q*get('num_key_value_heads', default=c.num_attention_heads)//c.num_attention_heads, get('intermediate_size', 'ffn_dim', default=4*c.hidden_size),
-                 c.num_attention_heads, c.vocab_size, get('max_position_embeddings'), tied, tuple(Part(l.name, l.layer, l.inside, l.inputs, l.outputs, l.bias, l.kind) for l in tables),
+    heads = get('num_attention_heads', default=1)
+    q = heads*get('head_dim', default=c.hidden_size//heads)
+    return Shape(c.model_type, c.num_hidden_layers, c.hidden_size, q, q*get('num_key_value_heads', default=heads)//heads, get('intermediate_size', 'ffn_dim', default=4*c.hidden_size),
+                 heads, c.vocab_size, get('max_position_embeddings'), tied, tuple(Part(l.name, l.layer, l.inside, l.inputs, l.outputs, l.bias, l.kind) for l in tables),
                  tuple((n, p.numel()) for n, p in model.named_parameters() if n not in inside or tied and p is head.weight))
 
 # %% ../nbs/33_shapes.ipynb #d1be5c2e
