@@ -29,7 +29,7 @@ check: setup
 
 # run every library notebook and keep its outputs
 notebooks: setup
-	$(PY) -m lora_study.pages --run nbs/[012]*.ipynb nbs/index.ipynb
+	$(PY) -m lora_study.pages --run nbs/[0123]*.ipynb nbs/index.ipynb
 	.venv/bin/nbdev_clean
 
 # pretrain the embedded base anew: about half an hour on two cores

@@ -111,7 +111,7 @@ def plan(file:Annotated[Optional[Path], typer.Argument(help='A study file (YAML)
          max_memory:Annotated[Optional[str], typer.Option(help='With --model, in place of a file: what fits a size or a card.')]=None,
          model:Annotated[Optional[str], typer.Option(help='embedded, a folder, a hub id, or what follows its owner.')]=None):
     "What a study will need: memory, time, cost, and what is already done. Trains nothing."
-    if (file is None) == (model is None or max_memory is None): raise BadInput('plan: expected a study file, or --max-memory and --model together')
+    if [file is None, model is None, max_memory is None] not in ([False, True, True], [True, False, False]): raise BadInput('plan: expected a study file, or --max-memory and --model together')
     if file is None: return plan_size(model, max_memory, length)
     from lora_study import forecast, sweep, tracker
     from lora_study.config import expand, read_study
