@@ -38,6 +38,7 @@ class Step:
     loss: str = 'scored'     # only scored tokens are widened (ours); widened: every logit is, as in transformers; chunked: a slice at a time
     scored: tuple = (.25, .5, 1.) # share of tokens with a label: low, expected, high
     device: str = 'cuda'     # or cpu
+    dora: bool = False
     inputs: bool = False     # quantized layers keep their inputs: LLM.int8 does, 4-bit layers did until bitsandbytes stopped
     @property
     def tokens(self) -> int: return self.rows*self.length
@@ -91,7 +92,7 @@ def adapter_kept(s:Step) -> float: # bytes a token
     for t in s.targets or ():
         out = t.kind == 'attention' and re.fullmatch(ROLES['o'], t.last) # its input, attention's output, is kept anyway
         source = (t.layer, t.kind, t.inputs) # what layers beside each other share
-        total += s.adapter*s.rank + (s.adapter + 1)*t.inputs*s.dropout
+        total += s.adapter*s.rank + (s.adapter + 1)*t.inputs*s.dropout + (s.dtype + s.adapter)*t.outputs*s.dora
         if s.adapter != s.dtype: total += s.adapter*t.inputs
         elif not (out or source in seen or s.dropout): total += s.dtype*t.inputs
         seen.add(source if not out else None)
@@ -162,7 +163,7 @@ def step_of(
     quant = 'int8' if run.load_in_8bit else 'nf4' + ' double'*run.bnb_4bit_use_double_quant if run.load_in_4bit else ''
     rows, length = run.per_device_train_batch_size, length or run.max_length
     return Step(base, tuple(adapted(run, base)) if run.use_peft else None, trainable(run, base), rows, length, run.lora_r, dtype, 4, quant, dtype, run.optim, run.gradient_checkpointing,
-                run.gradient_accumulation_steps > 1, run.lora_dropout > 0, rows > 1 or run.packing, 'scored', (.25, .5, 1.) if run.completion_only_loss else (.8, 1., 1.), device, run.load_in_8bit)
+                run.gradient_accumulation_steps > 1, run.lora_dropout > 0, rows > 1 or run.packing, 'scored', (.25, .5, 1.) if run.completion_only_loss else (.8, 1., 1.), device, run.use_peft and run.use_dora, run.load_in_8bit)
 
 # %% ../nbs/34_memory.ipynb #37a9e9dd
 def predicted(
@@ -216,9 +217,9 @@ def published() -> list[dict]: # the rows of facts/measured.csv, with `measured`
     out = []
     for r in csv.DictReader((files('lora_study')/'facts'/'measured.csv').read_text().splitlines()):
         base = replace(shape(presets()[r['model']]), **dict(fused=dict(fused=True), gpt_neox=dict(plain='gpt_neox')).get(r['block'], {})) # their code for the same layer
-        run = Run(lora_r=int(r['rank'] or 8), lora_target_modules=r['targets'] or 'all-linear', use_peft=r['method'] == 'lora')
+        run = Run(lora_r=int(r['rank'] or 8), lora_target_modules=r['targets'] or 'all-linear', use_peft=r['method'] != 'full', use_dora=r['method'] == 'dora')
         step = Step(base, tuple(adapted(run, base)) if run.use_peft else None, trainable(run, base), int(r['batch']), int(r['length']), run.lora_r, 2, int(r['adapter_bytes'] or 2), r['quant'], int(r['other_bytes']),
-                    again=r['checkpointing'] == 'true', dropout=float(r['dropout']) > 0, loss=r['loss'], inputs=r['keeps_inputs'] == 'true')
+                    again=r['checkpointing'] == 'true', dropout=float(r['dropout']) > 0, loss=r['loss'], dora=run.use_dora, inputs=r['keeps_inputs'] == 'true')
         out.append(r | dict(measured=float(r['peak'])*dict(GiB=2**30, GB=1e9, MiB=2**20)[r['unit']], step=step))
     return out
 
