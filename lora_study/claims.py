@@ -224,7 +224,7 @@ def tuned(a:Arm) -> Tuned:
     "An arm at the best of its rates, each seed judged at a rate others chose"
     if a.rows.empty: raise Unsettled('NOT-TESTABLE', f'no run of {a.name}', a.name)
     y = grid(a.rows, choosing(a.rows))
-    if len(y.columns) < 3 or len(y) < 2: raise Unsettled('NOT-TESTABLE', f'{a.name} was run at {a.rows.learning_rate.nunique()} learning rate(s), of which {len(y.columns)} by two seeds or more: three that bracket the best are the least', f'a learning-rate grid for {a.name}')
+    if len(y.columns) < 3 or len(y) < 2: raise Unsettled('NOT-TESTABLE', f'{a.name} {len(y.columns)} of its learning rates have two seeds ({a.rows.learning_rate.nunique()} learning rates were run): three that bracket the best are the least', f'a learning-rate grid for {a.name}')
     o, losses, at = optimum(a.name, y), y.replace(math.inf, 1e9), a.rows.set_index(['rep', 'learning_rate'])
     chosen = {s: losses.drop(index=s, errors='ignore').mean().idxmin() for s in a.rows.rep.unique()}
     judged = [(s, r) for s, r in chosen.items() if (s, r) in at.index]
@@ -304,6 +304,7 @@ def testify(b:Body|None, id:str) -> Finding:
     if b is not None and id not in EXACT and b.margin is None: return Finding(id, 'NOT-TESTABLE', 'Nothing was gained over the base, or the base was not read: there is no scale for δ.', studies=b.studies, missing='a base reading, or a margin')
     try: return RULES[id](b)
     except Unsettled as e: return Finding(id, e.verdict, f'{e}.', studies=b.studies if b else (), missing=e.missing)
+testify.__test__ = False # not one for pytest to collect
 
 # %% ../nbs/12_claims.ipynb #7bd8ce07
 def ladder(b:Body, ranks=None, least:int=2) -> list: # of Tuned, in order of rank

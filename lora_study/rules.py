@@ -10,7 +10,7 @@ __all__ = ['QUANTIZED', 'best_rates', 'steps', 'ten_times', 'rate_by_rank', 'ada
            'int8_costs_nothing', 'two_thirds', 'merged_is_free', 'merge_is_exact', 'noise_floor', 'crossed_with_rate',
            'rate_dominates', 'low_rate_hides_rank']
 
-# %% ../nbs/47_rules.ipynb #8acadcb1
+# %% ../nbs/47_rules.ipynb #3f8988ea
 import math
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from . import evidence
 from .claims import Arm, Body, Finding, Tuned, Unsettled, arm, arms, body, choosing, concluded, direction, grid, ladder, optimum, paired, parity, placement, record, rule, settled, together, tuned
 from .config import Run, run_id
 from .grids import repeated_variance
-from .stats import Estimate, p_value, t_interval
+from .stats import Estimate, holm, p_value, t_interval
 from .verdicts import MIN_SEEDS, compare, p_equivalence, replicate_sd, vertices
 
 # %% ../nbs/47_rules.ipynb #98334ba6
@@ -294,7 +294,7 @@ def merged_is_free(b:Body, tolerance:float=.02) -> Finding:
     ratio = {(who, *k): t_interval(np.log(rows[f'{who}_batch_{k[0]}_{k[1]}_s']/rows[f'base_batch_{k[0]}_{k[1]}_s'])) for who in ('merged', 'adapter') for k in kinds}
     mine = {k: e for k, e in ratio.items() if k[0] == 'merged'}; bound = math.log(1 + tolerance)
     worst = max(mine.values(), key=lambda e: abs(e.estimate))
-    apart = [e for e in mine.values() if e.low is not None and abs(e.estimate) > bound and not e.low <= 0 <= e.high]
+    sure = [e for e in mine.values() if e.parts]; apart = [e for e, p in zip(sure, holm([p_value(e) for e in sure])) if p < .05 and abs(e.estimate) > bound]
     same = all(e.parts and p_equivalence(e, bound) < .05 for e in mine.values()) and len(rows) >= MIN_SEEDS
     percent = lambda e: f'{100*(math.exp(e.estimate) - 1):+.1f} %' + ('' if e.low is None else f' ({100*(math.exp(e.low) - 1):+.1f} to {100*(math.exp(e.high) - 1):+.1f})')
     told = '; '.join(f'{who} at batch {n}, {dict(prefill="first token", token="each further one")[t]}: {percent(e)}' for (who, n, t), e in ratio.items())
