@@ -281,9 +281,9 @@ def report_of(
     names = [s.name for s in studies]
     df = pd.concat([tracker.frame(db, n) for n in names], ignore_index=True).drop_duplicates('run_id', ignore_index=True)
     df = df if ids is None else df[df.run_id.isin(ids)].reset_index(drop=True)
-    margins = {s.margin for s in studies}
+    margin = studies[0].margin if len({s.margin for s in studies}) == 1 else None
     groups = comparable(df) or [('', set())]
-    parts = [(name, evidence.gather(db, *names, margin=margins.pop() if len(margins) == 1 else None, ids=wanted | (set(df.run_id) if len(groups) == 1 else set())), replace(place, key=f'part-{k}-' if len(groups) > 1 else '')) for k, (name, wanted) in enumerate(groups, 1)]
+    parts = [(name, evidence.gather(db, *names, margin=margin, ids=wanted | (set(df.run_id) if len(groups) == 1 else set())), replace(place, key=f'part-{k}-' if len(groups) > 1 else '')) for k, (name, wanted) in enumerate(groups, 1)]
     told = [(name, p, *part(e, p), recommendation_section(e, p), e) for name, e, p in parts]
     head = [Text((s.description,)) for s in studies if s.description] + [Text((Span(f'{n}. ', strong=True) if n else '', *text)) for n, _, text, *_ in told] + [Text((counts(df),))]
     body = [s for n, _, _, before, after, rec, _ in told for s in ([Section(n, (*before, *rec, *after))] if n else [*before, *rec, *after])]

@@ -241,7 +241,8 @@ def frame(
     values = {}
     for s, rid, name, v in db.execute(f"select study, run_id, name, value from metrics where step=-1{' and study=?' if study is not None else ''}", [study] if study is not None else []): values.setdefault((s, rid), {})[name] = v
     keep = ('study', 'run_id', 'label', 'status', 'attempt', 'started', 'ended', 'error_kind', 'error_message', 'notebook')
-    flat = [{k: r[k] for k in keep} | json.loads(r['config']) | json.loads(r['provenance'] or '{}') | values.get((r['study'], r['run_id']), {}) for r in rows]
+    before = {f: v.default for f, v in Run.model_fields.items()} # what an argument was before there was one
+    flat = [{k: r[k] for k in keep} | before | json.loads(r['config']) | json.loads(r['provenance'] or '{}') | values.get((r['study'], r['run_id']), {}) for r in rows]
     df = pd.DataFrame(flat, columns=None if flat else [*keep, *Run.model_fields])
     for k, v in config.items():
         if k not in Run.model_fields: raise BadInput(f'{k}: no such field: expected one of {", ".join(Run.model_fields)}')

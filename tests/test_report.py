@@ -93,3 +93,9 @@ def test_the_published_reports_keep_their_promises(folder, name):
     assert faults(text, ROOT/f'results/{name}') == []
     for rid in tracker.frame(db, name).run_id: assert f'id="run-{rid}"' in text
     assert len(text) < 2**20
+
+def test_a_record_from_before_an_argument_existed_has_its_default(folder):
+    old = [r | dict(config={k: v for k, v in r['config'].items() if k not in ('dataset_path', 'optim')}) for r in RECORDS]
+    db = database(folder, old)
+    assert tracker.frame(db, 'quick').optim.eq('adamw_torch').all()
+    assert len(evidence.gather(db, 'quick')) == 3

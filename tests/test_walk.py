@@ -21,7 +21,7 @@ def test_the_same_run_twice_gives_the_same_record_to_the_bit(folder):
     assert len(first.curves['train']) == 4 and [p['step'] for p in first.curves['validation']] == [0, 2, 4]
 
 def linked(page): # the notebooks a page leads to, each once: every number of a run is a link now
-    return re.findall(r'^\[\d+\]: (\S+\.ipynb)$', page.read_text(), re.M)
+    return re.findall(r'^\[\d+\]: (points/\S+\.ipynb)$', page.read_text(), re.M)
 
 def test_a_saved_adapter_loads_with_plain_peft_and_scores_the_same(folder):
     import torch
