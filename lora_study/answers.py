@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUANTIZED', 'USED', 'DECIDED', 'change', 'rank_memory', 'placement', 'modules', 'bits', 'quantization',
-           'under_limits', 'memory_limit', 'front', 'inference', 'served', 'alpha_learning_rate', 'optimum_words',
-           'layers_placement', 'arm', 'full_forgetting', 'full_answer', 'spectra', 'used_of', 'used_alone', 'foreign',
-           'published', 'claim_tables']
+           'under_limits', 'memory_limit', 'front', 'hindsight', 'inference', 'served', 'alpha_learning_rate',
+           'optimum_words', 'layers_placement', 'arm', 'full_forgetting', 'full_answer', 'spectra', 'used_of',
+           'used_alone', 'foreign', 'published', 'claim_tables']
 
 # %% ../nbs/40_answers.ipynb #d9f4c343
 from dataclasses import replace
@@ -16,6 +16,7 @@ from . import figures, plots
 from .config import Run
 from .evidence import Evidence, best, contrast, delta, mean, notebooks, shown, values
 from .findings import COST_SHARE, MEASURED, Answer, Slice, arguments, by, by_rate, compared, cost, equal_parameters, has, headline, idle, judged, lacking, level_table, limits, plain, quiet, read, seeds_of, shell, signed, slices, told, tuned, undecided, words
+from .recommend import recommend
 from .report import amount, as_text, md_table, peak_column
 from .verdicts import MIN_SEEDS, Verdict, compare, pareto, phrase
 
@@ -112,7 +113,7 @@ def memory_limit(e:Evidence, up:str='../') -> Answer:
     rows = [{'from a limit of': amount(limit, peak), 'best that fits': plain(n), 'NLL': told(mean(e, n), 'test_nll'), f'against {plain(top)}': '' if n == top else signed(verdicts[n]), 'notebooks': notebooks(e, n, up)} for limit, n in steps]
     process = ' It is the resident memory of the whole process here, which changes little with the setting.' if 'rss' in peak else ''
     text = f'{sentence}; the peak memory of {least} is {told(mean(e, least, peak), peak)} (95 % interval over {len(values(e, least, peak).dropna())} seeds)'
-    return Answer(text + '.', verdict, tables=(('The best setting under each limit, where it changes.', md_table(rows)), ('Every setting, the one that needs least memory first.', level_table(s, top, verdicts, up=up)), *front(e, names, peak)),
+    return Answer(text + '.', verdict, hindsight(e), tables=(('The best setting under each limit, where it changes.', md_table(rows)), ('Every setting, the one that needs least memory first.', level_table(s, top, verdicts, up=up)), *front(e, names, peak)),
                   figures=(figures.frontier(e.runs[e.runs.status == 'done'], e.factors, peak, band=(0., delta(e) or 0.)),), caveats=(*limits(e, s, top), f'Memory is the peak of a warm training step, longest batch first.{process}'), missing=undecided(e, s, top, verdicts))
 
 # %% ../nbs/40_answers.ipynb #4f4782b1
@@ -124,6 +125,12 @@ def front(e:Evidence, names:list, peak:str) -> tuple: # for `Answer.tables`
     table = pareto(np.array([[x[n].loc[s] for n in names] for s in seeds]), names, ['test_nll', peak], np.random.default_rng(0), [delta(e) or 0., 0.])
     rows = [{'setting': plain(r['setting']), 'on the front': 'yes' if r['on_front'] else 'no', 'chance to be': '–' if r['chance'] is None else f'{r["chance"]:.0%}', 'n': str(r['n'])} for r in table.to_dict('records')]
     return ((f'Quality against memory: who is beaten in neither by more than δ ({len(seeds)} seeds in common).', md_table(rows)),)
+
+# %% ../nbs/40_answers.ipynb #d985c45e
+def hindsight(e:Evidence) -> tuple: # sentences
+    "How far off such a choice has been: made on half of the seeds, judged by the others"
+    r = recommend(e, goal='cheapest', by='memory').regret
+    return () if r.low is None else (f'Chosen on half of the seeds and judged by the other half, the leanest setting that ties loses {r.estimate:.2g} of test_nll to the best (one-sided {r.level:.0%} interval up to {r.high:.2g}; n = {r.n} seeds).',)
 
 # %% ../nbs/40_answers.ipynb #9a9f6c2c
 def inference(e:Evidence, up:str='../') -> Answer:

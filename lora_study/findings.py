@@ -93,7 +93,8 @@ def slice_of(e:Evidence, held, levels:dict, optima:dict={}) -> Slice | None: # N
     most = max(levels.values(), key=len).index
     levels = {n: rows for n, rows in levels.items() if len(rows.index.intersection(most))}
     ids = {r for rows in levels.values() for r in rows.run_id}
-    return Slice(replace(e, settings=levels, runs=e.runs[e.runs.run_id.isin(ids)]), dict(held), optima) if len(levels) > 1 else None
+    part = Evidence(e.db, e.studies, e.runs[e.runs.run_id.isin(ids)].copy(), e.factors, levels, e.lost, e.margin) # built anew: its settings have names of their own
+    return Slice(part, dict(held), optima) if len(levels) > 1 else None
 
 # %% ../nbs/30_findings.ipynb #a2527506
 def slices(e:Evidence, level, about, free=()) -> list: # the one that says most first
@@ -301,7 +302,7 @@ def limits(e:Evidence, s:Slice, reference:str, metric:str='test_nll') -> tuple: 
         who = '' if len(few) == len(n) else f' ({len(few)} of {len(n)} settings)'
         out.append(f'One seed describes{who}: it cannot say what another training run would give.' if max(few) == 1 else f'{min(few)} seeds{who} describe and do not decide: the exact paired test has no p below 0.05 with fewer than {MIN_SEEDS}.')
     if k := int((runs.status != 'done').sum()): out.append(f'{k} of {len(runs)} runs diverged ({wilson(k, len(runs))}); they are counted as the worst there is, and left out of the means.')
-    if len(e.lost): out.append(f'Without a result: {len(e.lost)} of {len(e.lost) + len(e.runs)} runs, ' + ', '.join(f'{as_text(kind)} ({c})' for kind, c in sorted(Counter(e.lost.error_kind.fillna(e.lost.status)).items())) + '; that says nothing about quality.')
+    if len(e.lost): out.append(f'Without a result: {len(e.lost)} of {len(e.lost) + len(e.runs)} runs, ' + ', '.join(f'{kind} ({c})' for kind, c in sorted(Counter(e.lost.error_kind.fillna(e.lost.status)).items())) + '; that says nothing about quality.')
     for name, o in s.optima.items():
         if o.note: out.append(f'{plain(name)}: {o.note}.')
     rates = sorted(runs.learning_rate.unique())

@@ -104,3 +104,8 @@ def test_the_command_line_answers_from_records(results, folder, monkeypatch):
     assert done.returncode == 0 and '61_modules: world_rank cannot answer this' in done.stdout, done.stderr
     failed = cli('findings', 'nothing')
     assert failed.returncode == 2 and 'nothing: no such study' in failed.stderr
+
+def test_slices_whose_levels_share_names_keep_their_own_scores():
+    (worse, better), (other, best) = pair(.3), pair(.3, 1)
+    a = answers.rank_memory(planted((dict(lora_r=2, learning_rate=1e-3), worse), (dict(lora_r=8, learning_rate=1e-3), better), (dict(lora_r=2, learning_rate=1e-2), best), (dict(lora_r=8, learning_rate=1e-2), other)))
+    assert a.sentence.startswith('lora_r=8 is better') and 'lora_r=2 is better' in a.tables[1][1]
