@@ -6,7 +6,7 @@
 __all__ = ['QUESTIONS', 'SECOND', 'ADVICE', 'slices', 'questions', 'listed', 'decided', 'picture', 'finding_figures',
            'cost_figures', 'finding', 'summary', 'counts', 'failures', 'limits', 'mixed', 'said', 'licence',
            'materials', 'protocol', 'machine', 'study_yaml', 'study_of', 'reading', 'methods', 'comparable', 'part',
-           'recommendation_section', 'report_of', 'figures', 'write_pages', 'write_report', 'write_joint']
+           'recommendation_section', 'report_of', 'figures', 'write_pages', 'listed_as', 'write_report', 'write_joint']
 
 # %% ../nbs/14_report.ipynb #abb80b7f
 import io, math
@@ -16,9 +16,10 @@ import pandas as pd
 import yaml
 from . import evidence, plots, tracker
 from .catalogue import CATALOGUE
-from .config import HASHES, Run, Study, expand, run_id
+from .config import HASHES, Run, Study, expand, run_id, varied
 from .document import Bullets, Code, Document, Figure, Row, Section, Span, Table, Text, as_text, to_html, to_markdown
 from .evidence import Evidence
+from .pages import reopened, report_page
 from .tables import LABELS, SHOWN, Place, amount, cost_rows, cost_table, first_run, md_table, mean_cell, measured, peak_column, portable, primary, quality_rows, quality_table, ranged, run_rows, settings_table, spread, verdict_rows, where_it_ran
 from .verdicts import MIN_SEEDS
 
@@ -295,15 +296,26 @@ def figures(pieces) -> list: # of Figure
     return [f for p in pieces for f in ([p] if isinstance(p, Figure) else figures(p.pieces) if isinstance(p, Section) else [])]
 
 # %% ../nbs/14_report.ipynb #31563f4a
-def write_pages(doc:Document, folder:Path) -> Path: # RESULTS.md
+def write_pages(
+    doc:Document, folder:Path,
+    head:dict={}, # front matter beside the title
+) -> Path: # RESULTS.md
     "Writes RESULTS.md, report.html and plots/; a figure that is no longer on the page goes"
     made = {f'{f.name}.svg': f.svg for f in figures(doc.pieces)}
     for name, svg in made.items(): tracker.write_whole(folder/'plots'/name, svg)
     for old in (folder/'plots').glob('*.*g'):
         if old.suffix in ('.svg', '.png') and old.name not in made: old.unlink()
     tracker.write_whole(folder/'report.html', to_html(doc))
-    tracker.write_whole(folder/'RESULTS.md', to_markdown(doc))
+    text = to_markdown(doc)
+    tracker.write_whole(folder/'RESULTS.md', reopened(text, head) if head else text)
     return folder/'RESULTS.md'
+
+# %% ../nbs/14_report.ipynb #d76930cb
+def listed_as(db, study:Study, ids) -> dict: # front matter
+    "What the site's listing says of a study"
+    df = tracker.frame(db, study.name, 'done'); df = df[df.run_id.isin(ids)]
+    fixed = {k: df[f].iloc[0] for k, f in (('base', 'model_name_or_path'), ('data', 'dataset_name')) if len(df) and f not in varied(study)}
+    return report_page(study.name, study.description, varied(study), df.ended.max() if len(df) else '', fixed)
 
 # %% ../nbs/14_report.ipynb #4da2ec29
 def write_report(
@@ -313,7 +325,7 @@ def write_report(
     "Writes RESULTS.md, report.html, plots/ and records.jsonl of a study from the database"
     folder, ids = Path(results)/study.name, {run_id(r) for r in expand(study)}
     tracker.write_whole(folder/'records.jsonl', tracker.export_study(db, study.name, ids))
-    return write_pages(report_of(db, [study], Place(folder, Path(results)), ids), folder)
+    return write_pages(report_of(db, [study], Place(folder, Path(results)), ids), folder, listed_as(db, study, ids))
 
 # %% ../nbs/14_report.ipynb #56becd6a
 def write_joint(

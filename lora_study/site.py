@@ -237,7 +237,7 @@ def check_directives(site:Site, page:Page):
         if part.kind == 'prose' and (m := re.search(r'(?m)^```+\s*\{(python|r|julia|ojs)\b', part.text)): yield part, part.text[:m.start()].count('\n'), f'a chunk of {m[1]}', 'pages are rendered without Jupyter: put it into a notebook'
 
 # %% ../nbs/35_site.ipynb #dc020bc2
-TAG = re.compile(r'<(?!(?:br|sub|sup|kbd|details|summary)\b|a (?:id|name)="[\w-]+"></a>|/(?:a|sub|sup|kbd|details|summary)>)/?[A-Za-z!][^>\n]*>(?!\))|<(?:script|iframe|style|object|embed)\b', re.I)
+TAG = re.compile(r'<(?!(?:br|code|sub|sup|kbd|details|summary)\b|a (?:id|name)="[\w-]+"></a>|/(?:a|code|sub|sup|kbd|details|summary)>)/?[A-Za-z!][^>\n]*>(?!\))|<(?:script|iframe|style|object|embed)\b', re.I)
 def check_text(site:Site, page:Page):
     "No tag, shortcode or raw block acts"
     for part in page.parts:
