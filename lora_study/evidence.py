@@ -116,13 +116,13 @@ def scores(
     e:Evidence, setting:str, metric:str='test_nll', # one of BY_EXAMPLE
 ) -> tuple: # seeds × examples, summed over an example's tokens; tokens an example, or None; None for both where a run kept no such scores
     "One number a seed and example"
-    if (setting, metric) in e.kept: return e.kept[setting, metric]
-    column, weight = BY_EXAMPLE[metric]
+    (column, weight), key = BY_EXAMPLE[metric], (*e.settings[setting].run_id, metric) # by the runs: a part of the evidence has fewer under the same name
+    if key in e.kept: return e.kept[key]
     tables = {s: tracker.example_scores(e.db, r['study'], r['run_id']) for s, r in e.settings[setting].iterrows() if r['status'] == 'done'}
     if not tables or any(column not in t or t[column].notna().sum() == 0 for t in tables.values()): return None, None
     kept = {s: t[t[column].notna()].set_index('example') for s, t in tables.items()}
     wide = pd.DataFrame({s: t[column].astype(float) for s, t in kept.items()}).T.reindex(e.settings[setting].index)
-    return e.kept.setdefault((setting, metric), (wide, None if weight is None else next(iter(kept.values()))[weight].astype(float).reindex(wide.columns)))
+    return e.kept.setdefault(key, (wide, None if weight is None else next(iter(kept.values()))[weight].astype(float).reindex(wide.columns)))
 
 # %% ../nbs/29_evidence.ipynb #ca429b14
 HIGHER = ('accuracy', 'exact_match', 'bleu', 'chrf', 'rouge_l', 'f1', 'tok_s') # metrics whose names end so are better when higher

@@ -39,7 +39,7 @@ def test_the_wheel_works_from_an_empty_folder(folder):
     assert str(site) in where
     done = subprocess.run([folder/'env/bin/lora-study', 'run', 'tiny.yaml'], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert '1 of 1 runs done' in (folder/'results/tiny/RESULTS.md').read_text()
+    assert '1 of 1 runs finished' in (folder/'results/tiny/RESULTS.md').read_text()
 
 @pytest.mark.parametrize('page', ['README.md', 'CONTRIBUTING.md', *sorted(str(p.relative_to(ROOT)) for p in (ROOT/'results').glob('*/RESULTS.md'))])
 def test_no_link_leads_nowhere(page):
