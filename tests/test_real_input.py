@@ -12,7 +12,7 @@ def ends_in_a_report(name, results):
     assert done.returncode == 0, done.stdout + done.stderr
     df = tracker.frame(tracker.open_db(results/'study.db'), name)
     assert df.status.tolist() == ['done'] and df.test_nll[0] < df.base_nll[0]
-    assert '1 of 1 runs done' in (results/name/'RESULTS.md').read_text()
+    assert '1 of 1 runs finished' in (results/name/'RESULTS.md').read_text()
 
 def test_e2e_on_stories260k_ends_in_a_report(folder):
     shared('models/stories260K'); shared('data/e2e')
