@@ -6,17 +6,18 @@
 __all__ = ['QUESTIONS', 'SECOND', 'ADVICE', 'slices', 'questions', 'listed', 'decided', 'picture', 'finding_figures',
            'cost_figures', 'finding', 'summary', 'counts', 'failures', 'limits', 'mixed', 'said', 'licence',
            'materials', 'protocol', 'machine', 'study_yaml', 'study_of', 'reading', 'methods', 'comparable', 'part',
-           'recommendation_section', 'report_of', 'figures', 'write_pages', 'listed_as', 'write_report', 'write_joint']
+           'recommendation_section', 'report_of', 'figures', 'write_pages', 'listed_as', 'check_nothing_lost',
+           'write_report', 'write_joint']
 
 # %% ../nbs/14_report.ipynb #abb80b7f
-import io, math
+import io, json, math
 from dataclasses import replace
 from pathlib import Path
 import pandas as pd
 import yaml
 from . import evidence, plots, tracker
 from .catalogue import CATALOGUE
-from .config import HASHES, Run, Study, expand, run_id, varied
+from .config import HASHES, BadInput, Run, Study, expand, run_id, varied
 from .document import Bullets, Code, Document, Figure, Row, Section, Span, Table, Text, as_text, to_html, to_markdown
 from .evidence import Evidence
 from .pages import reopened, report_page
@@ -317,6 +318,14 @@ def listed_as(db, study:Study, ids) -> dict: # front matter
     fixed = {k: df[f].iloc[0] for k, f in (('base', 'model_name_or_path'), ('data', 'dataset_name')) if len(df) and f not in varied(study)}
     return report_page(study.name, study.description, varied(study), df.ended.max() if len(df) else '', fixed)
 
+# %% ../nbs/14_report.ipynb #a8850947
+def check_nothing_lost(published:Path, db, study:Study, ids):
+    "Raises BadInput where a published export holds runs that the database does not: writing it again would lose them"
+    if not published.is_file(): return
+    there = set(tracker.frame(db, study.name).query("status in ('done', 'failed')").run_id)
+    gone = {json.loads(l)['run_id'] for l in published.read_text(encoding='utf-8').splitlines() if l} & set(ids) - there
+    if gone: raise BadInput(f'{published}: holds {len(gone)} runs that the database does not: take them in first: `lora-study import {published}`')
+
 # %% ../nbs/14_report.ipynb #4da2ec29
 def write_report(
     db, study:Study,
@@ -324,6 +333,7 @@ def write_report(
 ) -> Path: # RESULTS.md
     "Writes RESULTS.md, report.html, plots/ and records.jsonl of a study from the database"
     folder, ids = Path(results)/study.name, {run_id(r) for r in expand(study)}
+    check_nothing_lost(folder/'records.jsonl', db, study, ids)
     tracker.write_whole(folder/'records.jsonl', tracker.export_study(db, study.name, ids))
     return write_pages(report_of(db, [study], Place(folder, Path(results)), ids), folder, listed_as(db, study, ids))
 

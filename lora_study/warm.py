@@ -34,7 +34,7 @@ def become_kernel(argv:list, env:dict, cwd:str):
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
     from ipykernel.kernelapp import IPKernelApp
     sys.argv, sys.path[0] = ['ipykernel_launcher', *argv], '' # as a started kernel has them
-    try: IPKernelApp.launch_instance(argv=[*argv, f'--IPKernelApp.parent_handle={os.getppid()}'])
+    try: IPKernelApp.launch_instance(argv=[*argv, f'--IPKernelApp.parent_handle={os.getppid()}', '--IPKernelApp.log_level=CRITICAL']) # an interrupted kernel's own remarks are for nobody
     finally: os._exit(0)
 
 # %% ../nbs/17_warm.ipynb #10d31589

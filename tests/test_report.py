@@ -3,7 +3,7 @@ import json
 import pytest
 from conftest import ROOT, cli
 from lora_study import evidence, tracker
-from lora_study.config import Run, Study, run_id
+from lora_study.config import BadInput, Run, Study, run_id
 from lora_study.document import Table, faults, plain, to_html, to_markdown
 from lora_study.report import Place, report_of, study_of, write_joint, write_report
 
@@ -18,6 +18,7 @@ def changed(record, scale=1., study='grid', **arguments): # a real record as if 
 
 def database(folder, records):
     path = folder/'records.jsonl'
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(''.join(json.dumps(r) + '\n' for r in records))
     db = tracker.open_db(folder/'results/study.db')
     tracker.import_records(db, path)
@@ -61,6 +62,16 @@ def test_a_study_without_a_finished_run_still_has_a_page(folder):
     db = database(folder, [changed(r) | dict(status='failed', metrics=[], scores={}, error_kind='error', error_message='no') for r in RECORDS])
     doc = page_of(db, folder, 'grid')
     assert faults(to_html(doc)) == [] and 'No run finished' in to_markdown(doc)
+
+def test_published_records_that_the_database_lacks_are_never_overwritten(folder):
+    study = study_of(tracker.frame(database(folder, RECORDS), 'quick'))
+    published = folder/'results/quick/records.jsonl'
+    published.parent.mkdir(parents=True)
+    published.write_text(text := (ROOT/'results/quick/records.jsonl').read_text())
+    for missing in (tracker.open_db(folder/'empty.db'), database(folder/'part', RECORDS[:4])):
+        with pytest.raises(BadInput, match='lora-study import .*quick/records.jsonl'): write_report(missing, study, folder/'results')
+        assert published.read_text() == text
+    assert write_report(tracker.open_db(folder/'results/study.db'), study, folder/'results').is_file()
 
 def test_a_setting_alone_is_no_comparison(folder):
     db = database(folder, [changed(r) for r in RECORDS[:2]])
