@@ -5,8 +5,10 @@ import psutil
 from conftest import TINY, cli, command
 from lora_study import tracker
 
+def heard(): signal.signal(signal.SIGINT, signal.default_int_handler) # a test runner in the background of a shell hands on a SIGINT that is ignored
+
 def start(*args):
-    return subprocess.Popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, preexec_fn=heard)
 
 def finished_once(db, study, n):
     df = tracker.frame(db, study)
