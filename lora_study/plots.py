@@ -32,7 +32,7 @@ COLOURS = (INK, '#d55e00', '#3f90c8', '#882255', '#009e73', '#000000')
 MARKERS, DASHES, HATCHES = 'osD^vPX<>', ('-', (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5))), ('', '///', '...', 'xx', '\\\\\\', '++', 'oo')
 WIDTH = 6. # inches, of every figure
 STYLE = {'font.size': 8, 'axes.labelsize': 8, 'xtick.labelsize': 7.5, 'ytick.labelsize': 7.5, 'legend.fontsize': 7.5, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#555555',
-         'hatch.linewidth': .6, 'text.parse_math': False, 'figure.dpi': 100, 'savefig.dpi': 200, 'svg.hashsalt': 'lora_study', 'svg.fonttype': 'path'}
+         'hatch.linewidth': .6, 'text.parse_math': False, 'text.hinting': 'none', 'figure.dpi': 100, 'savefig.dpi': 200, 'svg.hashsalt': 'lora_study', 'svg.fonttype': 'path'}
 NAMES = dict(test_nll='held-out NLL (nats a token)', test_exact_match='exact match', test_bits_per_byte='bits per byte', lora_r='rank r', lora_alpha='alpha',
              learning_rate='learning rate', test_source_nll='NLL of the text known before', forgetting='rise of NLL on the text known before', gain='fall of held-out NLL', trainable_params='trainable parameters', train_s='training time', step_s='time of a step',
              probe_peak_rss_bytes='peak memory, resident', probe_peak_allocated_bytes='peak memory, allocated', probe_peak_rss_since_start_bytes='peak memory since start', adapter_bytes='adapter', checkpoint_bytes='checkpoint', merge_base_merged_bytes='merged model', base_weight_bytes='base',
@@ -169,6 +169,7 @@ def touching(box, boxes:np.ndarray) -> np.ndarray: # (k,) of bool
     return (boxes[:, 0] < box[2]) & (boxes[:, 2] > box[0]) & (boxes[:, 1] < box[3]) & (boxes[:, 3] > box[1])
 
 # %% ../nbs/13_plots.ipynb #6528759d
+@house()
 def overlaps(fig:Figure) -> list: # one line a fault
     "Texts of a figure that touch another, lie on data, or leave the page"
     shown, out = shown_texts(fig, settle(fig)), []
