@@ -193,15 +193,18 @@ def size(text:str) -> int | None: # bytes; None: not a size
     except ValueError: return None
 
 # %% ../nbs/42_memory.ipynb #309e72bf
-def card(name:str) -> tuple: # name, bytes
+def card(
+    name:str,
+    field:str='gpu', # named in the error
+) -> tuple: # name, bytes
     "A device by name or size"
     if (n := size(name)): return name, n
     plain = lambda s: ''.join(c for c in s.lower().replace('nvidia', '').replace('geforce', '') if c.isalnum())
     exact = [k for k in devices() if plain(k) == plain(name)]
     near = exact or [k for k in devices() if plain(name) and plain(name) in plain(k)]
     if len(near) == 1: return near[0], devices()[near[0]]
-    if near: raise BadInput(f"gpu = {name!r}: several are called so: expected one of {', '.join(near)}")
-    raise nearest(name, [*devices()], 'gpu')
+    if near: raise BadInput(f"{field} = {name!r}: several are called so: expected one of {', '.join(near)}")
+    raise nearest(name, [*devices()], field)
 
 # %% ../nbs/42_memory.ipynb #ba461d24
 def verdict(
