@@ -9,6 +9,16 @@ SHARED = ROOT.parent/'shared'
 TINY = dict(train_size=32, validation_size=8, test_size=8, generate_size=2, max_new_tokens=4, max_steps=4, eval_steps=2)
 STUDY = '\n'.join(f'{k}: {v}' for k, v in TINY.items()) + '\naxes:\n  lora_r: [2, 4]\nseeds: [0, 1]\n'
 
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'fault(*numbers): the faults of the list a test shows to be survived (`tests/faults.yaml` names them)')
+    config.addinivalue_line('markers', 'slow: takes minutes; runs with --slow')
+
+def pytest_addoption(parser): parser.addoption('--slow', action='store_true', help='also run what takes minutes')
+
+def pytest_collection_modifyitems(config, items):
+    for i in items:
+        if 'slow' in i.keywords and not config.getoption('--slow'): i.add_marker(pytest.mark.skip(reason='takes minutes: run with --slow'))
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     "An empty working directory"
