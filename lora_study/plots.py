@@ -87,7 +87,8 @@ def setting_name(
 ) -> str:
     "What a setting is called on a figure"
     say = lambda v: '+'.join(map(str, v)) if isinstance(v, (list, tuple)) else f'{v:g}' if isinstance(v, float) else str(v)
-    return clean(', '.join(f'{k.removeprefix("lora_")}={say(v)}' for k, v in values.items())) or 'all runs'
+    on = {k: v for k, v in values.items() if not (v is None or v != v or isinstance(v, (bool, np.bool_)) and not v)} # pandas makes a number of None
+    return clean(', '.join(f'{k.removeprefix("lora_")}={say(v)}' for k, v in (on or values).items())) or 'all runs'
 
 # %% ../nbs/13_plots.ipynb #9b7457b9
 def say(v:float) -> str:
