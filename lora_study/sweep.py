@@ -26,7 +26,7 @@ from .pages import opened_with, point_page
 from .warm import warmed
 
 # %% ../nbs/10_sweep.ipynb #0416f06a
-HOW = {'work_dir', 'checkpoint_dir', 'device', 'save_steps'} # parameters that are not part of a Run
+HOW = {'work_dir', 'checkpoint_dir', 'shared_dir', 'device', 'save_steps'} # parameters that are not part of a Run
 
 # %% ../nbs/10_sweep.ipynb #c8be4362
 def read_template(path=None) -> nbformat.NotebookNode: # None: the packaged one
@@ -49,9 +49,9 @@ def mark_failure(nb:nbformat.NotebookNode):
     nb.metadata.papermill['exception'] = True
 
 # %% ../nbs/10_sweep.ipynb #4aa44c14
-def kernel_manager(kernel_name:str) -> AsyncKernelManager:
+def kernel_manager(kernel_name:str, ready:dict|None=None) -> AsyncKernelManager: # ready: the point's parameters
     "A manager whose kernel listens on socket files where the system has them"
-    km = warmed(AsyncKernelManager(kernel_name=kernel_name))
+    km = warmed(AsyncKernelManager(kernel_name=kernel_name), ready)
     if os.name == 'posix': km.transport, km.ip = 'ipc', str(Path(tempfile.mkdtemp(prefix='lora-'))/'k')
     return km
 
@@ -61,7 +61,7 @@ class PointEngine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, execution_timeout=None, **kwargs):
         nb_man.nb.metadata.papermill['input_path'] = '50_point.ipynb' # papermill would write the whole template here
-        km = kernel_manager(kernel_name)
+        km = kernel_manager(kernel_name, kwargs.get('ready'))
         try: PapermillNotebookClient(nb_man, km=km, kernel_name=kernel_name, timeout=execution_timeout, startup_timeout=start_timeout).execute(cleanup_kc=True)
         except BaseException: mark_failure(nb_man.nb); raise
         finally:
@@ -85,7 +85,7 @@ def execute(
     papermill_io.reset(); papermill_io.register('local', WholeFiles())
     out.parent.mkdir(parents=True, exist_ok=True)
     for k, v in dict(HF_HUB_DISABLE_PROGRESS_BARS='1', TRANSFORMERS_VERBOSITY='error', TOKENIZERS_PARALLELISM='false').items(): os.environ.setdefault(k, v)
-    execute_notebook(nb, str(out), parameters, engine_name='lora_study', kernel_name='python3', progress_bar=False, start_timeout=300, execution_timeout=timeout)
+    execute_notebook(nb, str(out), parameters, engine_name='lora_study', kernel_name='python3', progress_bar=False, start_timeout=300, execution_timeout=timeout, ready=parameters)
 
 # %% ../nbs/10_sweep.ipynb #cfb7fa90
 KINDS = dict(BadInput='bad_input', Diverged='diverged', OutOfMemoryError='out_of_memory', MemoryError='out_of_memory')
@@ -127,7 +127,7 @@ def run_point(
     for earlier in home.glob('attempt-*'): shutil.rmtree(earlier, ignore_errors=True)
     nb, folder = read_template(), home/f'attempt-{attempt}'
     nb.cells[0].source = f'---\ntitle: {name}\n---'
-    how = dict(work_dir=str(folder), checkpoint_dir=str(home/'checkpoints'), device=device, save_steps=save_steps)
+    how = dict(work_dir=str(folder), checkpoint_dir=str(home/'checkpoints'), shared_dir=str(home.parent.parent/'base'), device=device, save_steps=save_steps)
     execute(nb, folder/'point.ipynb', run.model_dump(exclude_unset=True) | how, timeout)
     if rec := finished(folder, run_id(run)): return rec, folder
     raise BadInput(f'{folder}: the notebook ran to its end and left no valid record of run {run_id(run)}')
