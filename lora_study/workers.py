@@ -102,7 +102,6 @@ def shares(
     path = Path(results)/'study.db'
     db = tracker.open_db(path) if path.is_file() else None
     left = sum(r['status'] != 'done' for r in sweep.plan(db, study))
-    how_many(asked, 1, [], None) # a number that is none is told at once
     if not left: return []
     cores, gpus, free = usable_cores(), cards(device), free_bytes()
     fits = fitting(study, db, free) if asked == 'auto' and not gpus else None
@@ -135,12 +134,13 @@ def check_job(text:str) -> Job: # text: of a Job
     if told['version'] != lora_study.__version__: raise BadInput(f"{here}: lora_study {lora_study.__version__}, and its parent {told['version']}: expected one version: install the same for both")
     job = Job.model_validate(told)
     try:
-        mine = {run_id(r) for r in expand(job.study)}
+        other = [r for r in expand(job.study) if run_id(r) not in job.before]
         if job.host != socket.gethostname():
             from lora_study.planner import preflight
             preflight(job.study, job.how.get('device', 'auto'))
     except BadInput as e: raise BadInput(f'{here}: {e}') from None
-    if other := len(mine - set(job.before)): raise BadInput(f'{here}: {other} of {len(mine)} runs have a base or data that differ from the parent\'s: expected the same files: copy them here')
+    files = sorted({f'{f} = {getattr(r, f)!r}' for r in other for f in ('model_name_or_path', 'dataset_name')})
+    if files: raise BadInput(f"{here}: {' or '.join(files)} is missing or is not the parent's: {len(other)} of {len(job.before)} runs differ: expected the same files: copy them here")
     return job
 
 # %% ../nbs/51_workers.ipynb #3e369030
@@ -231,7 +231,7 @@ class Standing:
     of: int
     done: int = 0
     failed: int = 0     # since the start
-    running: list = field(default_factory=list) # worker (number, or who else), label, elapsed (s), and step, of, loss, note as far as known
+    running: list = field(default_factory=list) # worker (number, or who else), owner, label, elapsed (s), and step, of, loss, note as far as known
     left_s: float|None = None # to the end; None: nothing is known
     how: str = ''       # where `left_s` comes from
 
@@ -262,7 +262,7 @@ def standing(
     running = []
     for r in at_it:
         said, note = latest(sweep.run_folder(results, study, r['label'])/f"attempt-{r['attempt']}"/'progress.jsonl')
-        running.append(dict(worker=owners.get(r['owner'], r['owner'].rpartition(':')[0]), label=r['label'], elapsed=since(r), note=note) | said)
+        running.append(dict(worker=owners.get(r['owner'], r['owner'].rpartition(':')[0]), owner=r['owner'], label=r['label'], elapsed=since(r), note=note) | said)
     done, failed = sum(r['status'] == 'done' for r in rows), len(new('failed'))
     left_s, how = to_go([elapsed(r) for r in new('done')], [r['elapsed'] for r in running], len(rows) - done - failed - len(running), workers, planned)
     return Standing(study, len(rows), done, failed, sorted(running, key=lambda r: str(r['worker'])), left_s, how)
@@ -326,7 +326,7 @@ def look_after(crew:Crew, last:Standing):
         crew.listen(k)
         if code is None: continue
         del crew.alive[k]
-        if code not in (0, 2): bury(crew, k, code, next((r for r in last.running if r['worker'] == k), None))
+        if code not in (0, 2): bury(crew, k, code, next((r for r in last.running if crew.owners.get(r['owner']) == k), None))
 
 # %% ../nbs/51_workers.ipynb #5cb5e917
 def bury(crew:Crew, k:int, code:int, had:dict|None): # had: what it was at
@@ -385,9 +385,11 @@ def drive(
     crew = Crew(executor or LocalProcesses(), {k: job(k, env) for k, env in enumerate(envs, 1)}, say, step, restarts)
     try:
         for k in crew.jobs: crew.start(k)
+        last = Standing(study.name, len(todo))
         while crew.alive:
-            last = standing(db, study.name, results, before, crew.owners, len(crew.alive), planned)
-            look(last); look_after(crew, last); time.sleep(.5)
+            look_after(crew, last)
+            last = standing(db, study.name, results, before, crew.owners, max(1, len(crew.alive)), planned)
+            look(last); time.sleep(.5)
     finally: dismiss(crew)
     return outcome(db, study.name, todo, before, crew)
 

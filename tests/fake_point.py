@@ -1,4 +1,4 @@
-"A point that takes milliseconds: leaves what the real one leaves. `FAKE_POINT` in the environment says what befalls it: JSON, label or * → sleep (seconds), fail (text), steps."
+"A point that takes milliseconds: leaves what the real one leaves. `FAKE_POINT` in the environment says what befalls it: JSON, label or * → steps (lines of progress), torn (half a line more), sleep (seconds), fail (text)."
 import json, os, time
 from pathlib import Path
 import nbformat
@@ -18,6 +18,8 @@ def execute(nb, out, parameters, timeout=None):
     work_dir.mkdir(parents=True, exist_ok=True)
     for k in range(do.get('steps', 0)):
         with (work_dir/'progress.jsonl').open('a') as f: f.write(json.dumps(dict(step=k + 1, of=do['steps'], loss=3/(k + 1))) + '\n')
+    if do.get('torn'):
+        with (work_dir/'progress.jsonl').open('a') as f: f.write('{"step": 9')
     time.sleep(do.get('sleep', 0))
     if do.get('fail'): raise RuntimeError(do['fail'])
     run = Run(**{k: v for k, v in parameters.items() if k in Run.model_fields})
