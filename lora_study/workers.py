@@ -66,8 +66,8 @@ def cards(device:str='auto') -> list[str]: # values of CUDA_VISIBLE_DEVICES; non
     seen = [v.strip() for v in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if v.strip()] or [str(k) for k in range(torch.cuda.device_count())]
     return seen[:torch.cuda.device_count()] if one.index is None else seen[one.index:one.index+1]
 
-# %% ../nbs/51_workers.ipynb #d30a06c2
-BESIDES = 1 << 30 # bytes a worker holds beside the run it measures: its driver, and the parent its kernels are forked from
+# %% ../nbs/51_workers.ipynb #47aed500
+BESIDES = 1 << 29 # bytes a worker holds beside the run it measures: its driver, and the parent its kernels are forked from
 
 # %% ../nbs/51_workers.ipynb #c6e743d4
 def fitting(study:Study, db, free:int) -> int | None: # None: nothing can be predicted
@@ -279,10 +279,10 @@ def drawn(s:Standing):
     head.add_column(); head.add_column(); head.add_column(no_wrap=True, overflow='ellipsis')
     head.add_row(s.name, ProgressBar(s.of, s.done + s.failed, width=24), Text.assemble(f'{s.done}/{s.of} done', *([', ', (f'{s.failed} failed', 'red')] if s.failed else []), f', {len(s.running)} running'))
     t = Table(box=box.SIMPLE, padding=(0, 1), pad_edge=False)
-    for name, how in dict(worker={}, run=dict(overflow='ellipsis', no_wrap=True, ratio=1), elapsed=dict(justify='right'), step=dict(justify='right'), loss=dict(justify='right')).items(): t.add_column(name, **how)
+    for name in ('worker', 'run', 'elapsed', 'step', 'loss'): t.add_column(name, no_wrap=name != 'run', overflow='fold', justify='left' if name in ('worker', 'run') else 'right') # where it is narrow, names give way
     for r in s.running:
         t.add_row(Text(str(r['worker'])), Text(r['label']), str(timedelta(seconds=int(r['elapsed']))), f"{r['step']}/{r['of']}" if 'step' in r else '', f"{r['loss']:.3f}" if 'loss' in r else '')
-    return Group(head, *([] if s.left_s is None else [Text(f'about {span(s.left_s)} to go, {s.how}')]), *([t] if s.running else []))
+    return Group(head, *([Text(f'about {span(s.left_s)} to go, {s.how}')] if s.left_s and s.left_s >= 1 else []), *([t] if s.running else []))
 
 # %% ../nbs/51_workers.ipynb #16adab72
 def on_terminal() -> tuple: # say, step, look, stop
@@ -307,6 +307,7 @@ class Crew:
     owners: dict = field(default_factory=dict)    # owner → number
     deaths: Counter = field(default_factory=Counter)
     refused: list = field(default_factory=list)   # lines
+    through: bool = False    # whether a worker has found nothing left to do
     def start(self, k:int): self.alive[k] = self.executor.start(self.jobs[k])
     def listen(self, k:int):
         "Passes on what a worker told"
@@ -326,6 +327,7 @@ def look_after(crew:Crew, last:Standing):
         crew.listen(k)
         if code is None: continue
         del crew.alive[k]
+        crew.through |= code == 0
         if code not in (0, 2): bury(crew, k, code, next((r for r in last.running if crew.owners.get(r['owner']) == k), None))
 
 # %% ../nbs/51_workers.ipynb #5cb5e917
@@ -356,7 +358,7 @@ def dismiss(crew:Crew, grace:float=GRACE): # seconds
 def outcome(db, study:str, todo:dict, before:dict, crew:Crew) -> dict: # label → whether it is done
     "What became of the runs that were attempted; BadInput when workers refused and something is left"
     rows = {r['run_id']: r for r in db.execute('select run_id, status, attempt from runs where study=?', (study,)) if r['run_id'] in before}
-    left = [i for i, r in rows.items() if r['status'] != 'done' and not (r['status'] == 'failed' and r['attempt'] > before[i])]
+    left = [] if crew.through or not crew.jobs else [i for i, r in rows.items() if r['status'] != 'done' and not (r['status'] == 'failed' and r['attempt'] > before[i])]
     if left and crew.refused: raise BadInput(crew.refused[0])
     for line in crew.refused: crew.say(f'note: {line}')
     if left: crew.say(f'{len(left)} runs are left, and no worker: give the same command again')
