@@ -119,6 +119,7 @@ def run_point(
     device:str='auto',
     timeout:float|None=None, # seconds a cell may take
     save_steps:int=0,        # optimizer steps between checkpoints
+    execute=execute,         # what runs a notebook: (notebook, where to, parameters, timeout)
 ) -> tuple: # the record, the folder it is in
     "Executes one run, or takes up an attempt that had finished unnoticed"
     home = run_folder(results, study, name)
@@ -198,6 +199,7 @@ def attempt_run(db, path, study:Study, run:Run, name:str, attempt:int, results, 
             if not tracker.renew(db, study.name, rid, attempt): say(f'{name}: taken over by another driver meanwhile'); return True
             tracker.finish(db, study.name, rec, attempt, publish(folder, rec, results, study.name, name, varied(study)))
     except (KeyboardInterrupt, SystemExit): tracker.release(db, study.name, rid, attempt); raise
+    except tracker.Busy: raise # what the attempt left is whole: the next driver takes it in
     except Exception as e:
         kind, message = explain(e)
         tracker.fail(db, study.name, rid, attempt, kind, message, keep_failure(results, study, run, name, attempt, kind))
@@ -211,22 +213,26 @@ def sweep(
     study:Study,
     results='results',     # the results folder; its study.db is shared by all studies
     say=print,             # gets one line an event
-    step=lambda done, of, name: None, # called before each run and at the end
-    **how,                 # device, timeout, save_steps of `run_point`
+    step=lambda done, of, name: None, # called when a run has been claimed; without a name while others are at what is left, and at the end
+    before:dict|None=None, # run id → its attempts when drivers began together: what one of them has failed since is not for another to try again
+    **how,                 # device, timeout, save_steps, execute of `run_point`
 ) -> dict: # label → whether it is done, for the runs this driver attempted
     "Runs everything in a study that is not done"
     read_template() # refuse before anything starts
     path, todo, tried, who = Path(results)/'study.db', labels(study), {}, tracker.owner()
     db = tracker.open_db(path)
     tracker.register(db, study.name, todo)
+    ids = {name: run_id(run) for run, name in todo.items()}
     while True:
-        states = {r['run_id']: r['status'] for r in db.execute('select run_id, status from runs where study=?', (study.name,))}
-        left = [(r, n) for r, n in todo.items() if states[run_id(r)] != 'done' and n not in tried]
-        step(len(todo) - len(left), len(todo), left[0][1] if left else '')
+        states = {r['run_id']: r for r in db.execute('select run_id, status, attempt from runs where study=?', (study.name,))}
+        over = lambda r: r['status'] == 'done' or (before is not None and r['status'] == 'failed' and r['attempt'] > before.get(r['run_id'], 0))
+        left = [(r, n) for r, n in todo.items() if n not in tried and not over(states[ids[n]])]
         if not left: break
-        for run, name in left:
-            if attempt := tracker.claim(db, study.name, run_id(run), who): break
-        else: time.sleep(1); continue # others are at what is left
+        for run, name in sorted(left, key=lambda x: states[ids[x[1]]]['status'] == 'running'):
+            if attempt := tracker.claim(db, study.name, ids[name], who): break
+        else: step(len(todo) - len(left), len(todo), ''); time.sleep(1); continue # others are at what is left
+        step(len(todo) - len(left), len(todo), name)
         tried[name] = attempt_run(db, path, study, run, name, attempt, results, say, **how)
+    step(len(todo), len(todo), '')
     db.close()
     return tried
