@@ -14,7 +14,7 @@ import nbformat
 from lora_study import sweep, tracker, workers
 from lora_study.config import Run, Study, run_id
 
-SEEDS, POINT_S = 40, .005 # seconds a point lasts at least
+SEEDS, POINT_S = 20, .005 # seconds a point lasts at least
 
 def point(nb, out, parameters, timeout=None):
     "In place of papermill"

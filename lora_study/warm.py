@@ -78,7 +78,8 @@ def serve(requests:socket.socket):
     "The parent's life: import, fork on request, report deaths, and leave with the driver"
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the driver to handle
     import_all()
-    requests.sendall(b'r')
+    try: requests.sendall(b'r')
+    except OSError: return # the driver has gone meanwhile
     children = {}
     while True:
         if select.select([requests], [], [], .1)[0]:
