@@ -26,7 +26,7 @@ from .pages import opened_with, point_page
 from .warm import warmed
 
 # %% ../nbs/10_sweep.ipynb #0416f06a
-HOW = {'work_dir', 'checkpoint_dir', 'device', 'save_steps'} # parameters that are not part of a Run
+HOW = {'work_dir', 'checkpoint_dir', 'device', 'save_steps', 'resume'} # parameters that are not part of a Run
 
 # %% ../nbs/10_sweep.ipynb #c8be4362
 def read_template(path=None) -> nbformat.NotebookNode: # None: the packaged one
@@ -88,11 +88,12 @@ def execute(
     execute_notebook(nb, str(out), parameters, engine_name='lora_study', kernel_name='python3', progress_bar=False, start_timeout=300, execution_timeout=timeout)
 
 # %% ../nbs/10_sweep.ipynb #cfb7fa90
-KINDS = dict(BadInput='bad_input', Diverged='diverged', OutOfMemoryError='out_of_memory', MemoryError='out_of_memory')
+KINDS = dict(BadInput='bad_input', Diverged='diverged', OutOfMemoryError='out_of_memory', MemoryError='out_of_memory', DiskFull='disk_full')
 
 # %% ../nbs/10_sweep.ipynb #4049f660
 def explain(err:Exception) -> tuple: # kind, one line
     "What a failed execution is recorded as"
+    if tracker.is_full(err) and getattr(err, 'ename', '') != 'DiskFull': return 'disk_full', str(err) if isinstance(err, tracker.DiskFull) else f'the disk is full: {tracker.FREE}'
     if isinstance(err, PapermillExecutionError): return KINDS.get(err.ename, 'error'), f'{err.ename}: {err.evalue}'.splitlines()[0]
     if isinstance(err, DeadKernelError): return 'kernel_died', 'the kernel died (killed, or out of memory)'
     if isinstance(err, CellTimeoutError): return 'timeout', str(err).splitlines()[0]
@@ -119,6 +120,7 @@ def run_point(
     device:str='auto',
     timeout:float|None=None, # seconds a cell may take
     save_steps:int=0,        # optimizer steps between checkpoints
+    resume:str='auto',       # from `train.RESUME`
 ) -> tuple: # the record, the folder it is in
     "Executes one run, or takes up an attempt that had finished unnoticed"
     home = run_folder(results, study, name)
@@ -127,7 +129,7 @@ def run_point(
     for earlier in home.glob('attempt-*'): shutil.rmtree(earlier, ignore_errors=True)
     nb, folder = read_template(), home/f'attempt-{attempt}'
     nb.cells[0].source = f'---\ntitle: {name}\n---'
-    how = dict(work_dir=str(folder), checkpoint_dir=str(home/'checkpoints'), device=device, save_steps=save_steps)
+    how = dict(work_dir=str(folder), checkpoint_dir=str(home/'checkpoints'), device=device, save_steps=save_steps, resume=resume)
     execute(nb, folder/'point.ipynb', run.model_dump(exclude_unset=True) | how, timeout)
     if rec := finished(folder, run_id(run)): return rec, folder
     raise BadInput(f'{folder}: the notebook ran to its end and left no valid record of run {run_id(run)}')
@@ -200,7 +202,8 @@ def attempt_run(db, path, study:Study, run:Run, name:str, attempt:int, results, 
     except (KeyboardInterrupt, SystemExit): tracker.release(db, study.name, rid, attempt); raise
     except Exception as e:
         kind, message = explain(e)
-        tracker.fail(db, study.name, rid, attempt, kind, message, keep_failure(results, study, run, name, attempt, kind))
+        tracker.fail(db, study.name, rid, attempt, kind, message, keep_failure(results, study, run, name, attempt, kind) if kind != 'disk_full' else None)
+        if kind == 'disk_full': raise tracker.DiskFull(message) from None # the next run would meet the same
         say(f'{name} failed ({kind}): {message}')
         return False
     say(f"{name} done in {time.perf_counter()-start:.1f} s: NLL {rec.metrics['base_nll']:.3f} → {rec.metrics['test_nll']:.3f}")
@@ -212,12 +215,14 @@ def sweep(
     results='results',     # the results folder; its study.db is shared by all studies
     say=print,             # gets one line an event
     step=lambda done, of, name: None, # called before each run and at the end
-    **how,                 # device, timeout, save_steps of `run_point`
+    **how,                 # device, timeout, save_steps, resume of `run_point`
 ) -> dict: # label → whether it is done, for the runs this driver attempted
     "Runs everything in a study that is not done"
     read_template() # refuse before anything starts
     path, todo, tried, who = Path(results)/'study.db', labels(study), {}, tracker.owner()
     db = tracker.open_db(path)
+    tracker.check_whole(db); tracker.check_writable(Path(results)/study.name)
+    if far := tracker.network_mount(path): say(f'note: {path} lies on {far}: locks over a network are not to be trusted: use a local disk, and one machine at a time')
     tracker.register(db, study.name, todo)
     while True:
         states = {r['run_id']: r['status'] for r in db.execute('select run_id, status from runs where study=?', (study.name,))}

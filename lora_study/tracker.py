@@ -404,6 +404,7 @@ def export_study(
 # %% ../nbs/07_tracker.ipynb #6a513a90
 def import_record(db, d:dict) -> bool: # d: a line of an export; False: the database has the run already
     "Puts one exported run into the database, whole or not at all"
+    if not isinstance(d['config'], dict) or d['status'] not in ('done', 'failed'): raise ValueError
     with change(db):
         cols = {k: d[k] for k in ('study', 'run_id', 'label', 'status', 'attempt', 'started', 'ended', 'error_kind', 'error_message', 'notebook')}
         cols |= {k: json.dumps(d.get(k)) for k in ('config', 'provenance', 'adapter', 'warnings', 'samples')}
@@ -413,12 +414,16 @@ def import_record(db, d:dict) -> bool: # d: a line of an export; False: the data
         return True
 
 # %% ../nbs/07_tracker.ipynb #938fe151
-def import_records(db, path) -> int: # runs taken in
+def import_records(
+    db, path,
+    bad=None, # gets one line of text for a line that is not a record; None: refused
+) -> int: # runs taken in
     "Rebuilds rows from a records.jsonl; runs the database already has are left alone"
     n = 0
     for i, line in enumerate(Path(path).read_bytes().split(b'\n'), 1):
         try: n += bool(line) and import_record(db, json.loads(line))
-        except (ValueError, LookupError, TypeError, AttributeError, sqlite3.IntegrityError) as e:
-            if isinstance(e, BadInput): raise
-            else: raise BadInput(f'{path}:{i}: not a whole record: remove the line') from None
+        except BadInput: raise
+        except (ValueError, LookupError, TypeError, AttributeError, sqlite3.IntegrityError, sqlite3.ProgrammingError):
+            if not bad: raise BadInput(f'{path}:{i}: not a whole record: remove the line') from None
+            bad(f'{path}:{i}: not a whole record: left out')
     return n
