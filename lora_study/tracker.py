@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_ROOM', 'FREE', 'PACKAGES', 'SCHEMA_VERSION', 'SCHEMA', 'UPGRADES', 'REMOTE', 'LEASE', 'SCORE_COLUMNS', 'Record',
            'DiskFull', 'is_full', 'unwritable', 'whole', 'write_whole', 'read_record', 'git', 'versions', 'provenance',
-           'place', 'db_trouble', 'damaged', 'change', 'back_up', 'bring_up', 'open_db', 'check_writable',
+           'place', 'db_trouble', 'damaged', 'change', 'back_up', 'check_ours', 'bring_up', 'open_db', 'check_writable',
            'check_whole', 'network_mount', 'owner', 'is_gone', 'register', 'claim', 'now', 'renew', 'insert_scores',
            'insert_results', 'finish', 'fail', 'release', 'frame', 'curve', 'example_scores', 'settings', 'over_seeds',
            'export_study', 'import_record', 'import_records']
@@ -171,12 +171,18 @@ def back_up(db:sqlite3.Connection, path:Path):
     if copy.exists(): return
     with whole(copy) as part, closing(sqlite3.connect(part)) as to: db.backup(to)
 
-# %% ../nbs/07_tracker.ipynb #eebc8792
-def bring_up(db:sqlite3.Connection, path:Path):
-    "Makes the tables, or those of an earlier version into the present ones; refuses what is not ours"
+# %% ../nbs/07_tracker.ipynb #74a59228
+def check_ours(db:sqlite3.Connection, path:Path) -> int: # the schema's version; 0: no tables yet
+    "Raises BadInput for a database of a later version or of another program, before anything is changed in it"
     have, tables = db.execute('pragma user_version').fetchone()[0], {r[0] for r in db.execute("select name from sqlite_master where type='table'")}
     if have > SCHEMA_VERSION: raise BadInput(f'{path}: schema {have}, this version knows {SCHEMA_VERSION}: upgrade lora_study')
     if tables and not (have and {'runs', 'metrics', 'scores'} <= tables): raise damaged(path, f'holds the tables {", ".join(sorted(tables))}')
+    return have
+
+# %% ../nbs/07_tracker.ipynb #eebc8792
+def bring_up(db:sqlite3.Connection):
+    "Makes the tables, or those of an earlier version into the present ones"
+    have = db.execute('pragma user_version').fetchone()[0]
     for statement in [s for v in range(have, SCHEMA_VERSION) for s in UPGRADES[v]] if have else SCHEMA.split(';'): db.execute(statement)
     if have < SCHEMA_VERSION: db.execute(f'pragma user_version={SCHEMA_VERSION}')
 
@@ -189,9 +195,10 @@ def open_db(path) -> sqlite3.Connection:
         if path.is_file() and path.stat().st_size == 0 and time.time() - path.stat().st_mtime > 60: raise damaged(path, 'it is empty') # a new one is for an instant
         db = sqlite3.connect(path, timeout=30, isolation_level=None)
         db.row_factory = sqlite3.Row
+        have = check_ours(db, path)
         for p in ('busy_timeout=30000', 'journal_mode=wal', 'synchronous=full'): db.execute(f'pragma {p}')
-        if 0 < db.execute('pragma user_version').fetchone()[0] < SCHEMA_VERSION: back_up(db, path)
-        with change(db): bring_up(db, path)
+        if 0 < have < SCHEMA_VERSION: back_up(db, path)
+        with change(db): bring_up(db)
         return db
     except BaseException as e:
         if db: db.close()
