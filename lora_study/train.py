@@ -11,7 +11,8 @@ __all__ = ['OPTIMIZERS', 'SHAPES', 'PARTS', 'RESUME', 'total_steps', 'warmup', '
            'probe_run', 'measure_adapter']
 
 # %% ../nbs/08_train.ipynb #4ea887a8
-import hashlib, json, math, os, shutil, time
+import hashlib, json, math, shutil, time
+from array import array
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -232,14 +233,16 @@ def train(
 # %% ../nbs/08_train.ipynb #bf3df88b
 def sealed_files(folder:Path) -> dict: # name → [bytes, sha256]
     "The manifest a checkpoint should have"
-    return {p.name: [p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(folder.iterdir()) if p.name != 'manifest.json'}
+    def digest(p):
+        with p.open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    return {p.name: [p.stat().st_size, digest(p)] for p in sorted(folder.iterdir()) if p.name != 'manifest.json'}
 
 # %% ../nbs/08_train.ipynb #aa7cb840
 def made_with(loop:Loop) -> dict: # flat
     "What has to be unchanged for a resumed run to go on to the same bits"
     code = b''.join(p.read_bytes() for p in sorted(Path(lora_study.__file__).parent.glob('*.py')))
     data = hashlib.sha256()
-    for e in loop.examples: data.update(repr((e.ids, e.prompt_len)).encode())
+    for e in loop.examples: data.update(array('q', [e.prompt_len, *e.ids]))
     where = dict(device=torch.cuda.get_device_name(loop.device)) if loop.device.type == 'cuda' else dict(device=loop.device.type, threads=torch.get_num_threads())
     return dict(code=hashlib.sha256(code).hexdigest()[:12], data=data.hexdigest()[:12]) | where | versions()
 

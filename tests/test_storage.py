@@ -326,6 +326,13 @@ def test_the_command_line_says_how_a_damaged_database_comes_back(tmp_path):
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == '7 runs came back' and 'is kept as' in done.stdout, done.stdout + done.stderr
     assert cli('runs', '--results', results, '--status', 'done').stdout.splitlines()[-1] == '7 runs'
 
+@pytest.mark.fault(43)
+def test_a_locked_database_is_one_line(tmp_path):
+    db, other = (tracker.open_db(tmp_path/'study.db') for _ in range(2))
+    db.execute('pragma busy_timeout=50')
+    with tracker.change(other), pytest.raises(BadInput, match='study.db: database is locked by another process'): tracker.register(db, 's', {Run(): 'a'})
+    tracker.register(db, 's', {Run(): 'a'})
+
 @pytest.mark.fault(45)
 @pytest.mark.parametrize('what', ['', 'small']) # the database's folder, and the study's alone
 def test_a_folder_that_cannot_be_written_is_refused_before_a_run(tmp_path, what):
