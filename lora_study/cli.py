@@ -9,7 +9,7 @@ __all__ = ['app', 'StudyFile', 'Results', 'Override', 'Device', 'told', 'overrid
            'recommend', 'compare', 'prepare_data', 'evaluate', 'validate', 'init', 'main']
 
 # %% ../nbs/15_cli.ipynb #52e932fa
-import functools, json, logging, os, signal, socket, sys
+import functools, json, logging, os, signal, socket, sqlite3, sys
 from pathlib import Path
 from urllib.parse import urlparse
 from typing import Annotated, Optional
@@ -38,7 +38,7 @@ def told(command):
             if os.environ.get('LORA_STUDY_DEBUG'): raise
             typer.echo(f'error: {e}', err=True)
             raise typer.Exit(2) from None
-        except Exception as e:
+        except (OSError, sqlite3.Error) as e:
             from lora_study.rescue import storage_trouble
             if os.environ.get('LORA_STUDY_DEBUG') or not (said := storage_trouble(e, kw.get('results') or 'results')): raise
             typer.echo(f'error: {said}', err=True)

@@ -326,6 +326,7 @@ def load_weights_alone(loop:Loop, checkpoint:Path):
 def changed(loop:Loop, checkpoint:Path) -> list[str]: # one entry a difference
     "What is not as it was when a checkpoint was written"
     then, now = json.loads((checkpoint/'loop.json').read_text()).get('made_with', {}), made_with(loop)
+    if not then: return ['nothing known of what wrote the checkpoint']
     return [f'{k.removesuffix("_version")} {then.get(k)} → {now.get(k)}' for k in (now | then) if then.get(k) != now.get(k)]
 
 # %% ../nbs/08_train.ipynb #ec6428bb

@@ -233,19 +233,23 @@ def test_a_checkpoint_without_its_state_is_no_exact_resume(tmp_path, key):
     assert l.schedule.get_last_lr() == written.schedule.get_last_lr()
 
 @pytest.mark.fault(38)
-def test_a_resume_after_a_change_is_noted_or_refused(tmp_path, monkeypatch):
+def test_a_resume_after_a_change_is_noted_or_refused(tmp_path):
     from lora_study import train
     written = loop(tmp_path, steps=1)
     assert taken_up(tmp_path, 'strict').notes == []
     l = taken_up(tmp_path, ids=(1, 3))
     assert l.resumed_at == 1 and l.notes[0].startswith('resumed at step 1 with data ') and 'bits may differ' in l.notes[0]
     with pytest.raises(BadInput, match='resumed at step 1 with data .* put back what it was'): taken_up(tmp_path, 'strict', ids=(1, 3))
-    then = json.loads((tmp_path/'checkpoint-00000001/loop.json').read_text())
-    then['made_with'] |= dict(code='0'*12, torch_version='1.0') # written by another version
-    (tmp_path/'checkpoint-00000001/loop.json').write_text(json.dumps(then))
-    (tmp_path/'checkpoint-00000001/manifest.json').write_text(json.dumps(train.sealed_files(tmp_path/'checkpoint-00000001')))
+    def rewritten(made): # as another version would have written it
+        c = tmp_path/'checkpoint-00000001'
+        about = json.loads((c/'loop.json').read_text())
+        (c/'loop.json').write_text(json.dumps(about | dict(made_with=made(about['made_with']))))
+        (c/'manifest.json').write_text(json.dumps(train.sealed_files(c)))
+    rewritten(lambda made: made | dict(code='0'*12, torch_version='1.0'))
     assert 'code 000000000000 → ' in (note := taken_up(tmp_path).notes[0]) and 'torch 1.0 → ' in note
     with pytest.raises(BadInput, match='torch 1.0'): taken_up(tmp_path, 'strict')
+    rewritten(lambda made: {})
+    assert 'with nothing known of what wrote the checkpoint' in taken_up(tmp_path).notes[0]
     with pytest.raises(BadInput, match="resume = 'maybe': expected auto, strict, inexact"): taken_up(tmp_path, 'maybe')
 
 @pytest.mark.slow
