@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HOW', 'KINDS', 'read_template', 'mark_failure', 'kernel_manager', 'PointEngine', 'WholeFiles', 'execute', 'explain',
            'run_folder', 'finished', 'run_point', 'publish', 'kept_alive', 'labels', 'plan', 'unfinished',
-           'keep_failure', 'attempt_run', 'sweep']
+           'keep_failure', 'make_room', 'attempt_run', 'sweep']
 
 # %% ../nbs/10_sweep.ipynb #b106a63b
 import os, shutil, sqlite3, tempfile, threading, time
@@ -190,6 +190,11 @@ def keep_failure(results, study:Study, run:Run, name:str, attempt:int, kind:str)
     tracker.write_whole(Path(results)/kept, opened_with(part.read_text(encoding='utf-8'), head))
     return kept
 
+# %% ../nbs/10_sweep.ipynb #1f982d61
+def make_room(folder:Path):
+    "Removes what an attempt that met a full disk left, so that its failure can be written down; a finished one waits to be taken in"
+    if not (folder/'record.json').is_file(): shutil.rmtree(folder, ignore_errors=True)
+
 # %% ../nbs/10_sweep.ipynb #c5e8d700
 def attempt_run(db, path, study:Study, run:Run, name:str, attempt:int, results, say, **how) -> bool: # whether it is done
     "One claimed run, through to done or failed"
@@ -202,7 +207,8 @@ def attempt_run(db, path, study:Study, run:Run, name:str, attempt:int, results, 
     except (KeyboardInterrupt, SystemExit): tracker.release(db, study.name, rid, attempt); raise
     except Exception as e:
         kind, message = explain(e)
-        tracker.fail(db, study.name, rid, attempt, kind, message, keep_failure(results, study, run, name, attempt, kind) if kind != 'disk_full' else None)
+        if kind == 'disk_full': make_room(run_folder(results, study.name, name)/f'attempt-{attempt}')
+        tracker.fail(db, study.name, rid, attempt, kind, message, keep_failure(results, study, run, name, attempt, kind))
         if kind == 'disk_full': raise tracker.DiskFull(message) from None # the next run would meet the same
         say(f'{name} failed ({kind}): {message}')
         return False

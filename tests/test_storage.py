@@ -104,14 +104,21 @@ def test_a_study_meets_a_full_disk_and_ends_when_there_is_room(disk):
     said = drive(results, fill)
     assert said.returncode == 2 and 'Traceback' not in said.stderr, said.stderr
     assert 'the disk is full' in said.stderr and 'free some space' in said.stderr
-    assert set(states(results)) <= {('failed', 'disk_full'), ('running', None), ('waiting', None)} # the last two where not even that could be written down
-    assert not list(results.rglob('final'))
+    assert states(results) == [('failed', 'disk_full'), ('waiting', None)] # what the attempt had left made room for that; the next run would have met the same
+    assert not list(results.rglob('final')) and not list(results.rglob('attempt-*'))
     disk.free()
     assert not list(results.glob('small/points/*'))
     again = drive(results)
     assert again.returncode == 0, again.stderr
     assert states(results) == [('done', None)]*2
     nothing_cut(results)
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize('ename, text, kind', [('DiskFull', 'r/checkpoint-2: the disk is full', 'disk_full'), ('OSError', '[Errno 28] No space left on device', 'disk_full'),
+    ('SafetensorError', 'Error while serializing: I/O error: No space left on device (os error 28)', 'disk_full'), ('OSError', '[Errno 2] No such file or directory', 'error')])
+def test_a_cell_that_met_a_full_disk_is_told_apart(ename, text, kind): # the words are those that the libraries have
+    from papermill.exceptions import PapermillExecutionError
+    assert sweep.explain(PapermillExecutionError(1, 1, 'save()', ename, text, [f'{ename}: {text}']))[0] == kind
 
 @pytest.mark.fault(33)
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='no /dev/full')
