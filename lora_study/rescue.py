@@ -99,7 +99,7 @@ def rebuild(results='results', say=print) -> list[dict]: # as `take_all` has it
     with whole(path) as part:
         with closing(open_db(part)) as db: found = take_all(db, results, say); check_whole(db)
         if gone := named - ended_runs(part): say(f'{len(gone)} runs that the damaged file names left nothing else: do them again with `lora-study run`: {", ".join(sorted(r for _, r in gone))}')
-        if path.exists(): say(f'the damaged file is kept as {set_aside(path)}')
+        if path.exists() or Path(f'{path}-wal').exists(): say(f'what was there is kept as {set_aside(path)}')
     return found
 
 # %% ../nbs/52_rescue.ipynb #6522260d

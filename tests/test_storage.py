@@ -328,13 +328,26 @@ def test_a_rebuild_names_what_did_not_come_back(tmp_path):
     assert any(s.startswith('2 runs that the damaged file names left nothing else') and run_id(Run(lora_r=3)) in s for s in said), said
 
 @pytest.mark.fault(44)
+def test_a_log_without_its_database_is_not_read_into_the_next(tmp_path): # who deletes study.db after a kill leaves study.db-wal
+    results = results_folder(tmp_path)
+    before = content(results)
+    subprocess.run([sys.executable, '-c', 'import os, sys\nfrom lora_study import tracker\nfrom lora_study.config import Run\n'
+                    'tracker.register(tracker.open_db(sys.argv[1]), "other", {Run(seed=i): "a" for i in range(300)}); os._exit(9)', results/'study.db'])
+    assert (results/'study.db-wal').stat().st_size > 100_000
+    (results/'study.db').unlink()
+    said = []
+    assert sum(b['from_exports'] + b['from_run_folders'] for b in rescue.rebuild(results, said.append)) == 7
+    assert content(results) == before and states(results) == [('done', None)]*7
+    assert list(results.glob('study.damaged-*-wal'))
+
+@pytest.mark.fault(44)
 def test_the_command_line_says_how_a_damaged_database_comes_back(tmp_path):
     results = results_folder(tmp_path)
     noise(results/'study.db')
     read = cli('runs', '--results', results)
     assert read.returncode == 2 and read.stderr.count('\n') == 1 and f'lora-study rebuild --results {results}' in read.stderr, read.stderr
     done = cli('rebuild', '--results', results)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == '7 runs came back' and 'is kept as' in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == '7 runs came back' and 'what was there is kept as' in done.stdout, done.stdout + done.stderr
     assert cli('runs', '--results', results, '--status', 'done').stdout.splitlines()[-1] == '7 runs'
 
 @pytest.mark.fault(43)
