@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['app', 'StudyFile', 'Results', 'Override', 'Device', 'told', 'overrides', 'existing_db', 'settle_offline',
            'show_table', 'at_hand', 'plan_size', 'plan', 'progress', 'on_sigterm', 'run', 'report_of', 'study_named',
-           'report', 'findings', 'runs', 'show', 'export', 'import_', 'claims', 'design', 'mirror', 'recommend',
-           'compare', 'prepare_data', 'evaluate', 'validate', 'init', 'main']
+           'report', 'findings', 'runs', 'show', 'export', 'import_', 'rebuild', 'claims', 'design', 'mirror',
+           'recommend', 'compare', 'prepare_data', 'evaluate', 'validate', 'init', 'main']
 
 # %% ../nbs/15_cli.ipynb #52e932fa
-import functools, json, logging, os, signal, socket, sys
+import functools, json, logging, os, signal, socket, sqlite3, sys
 from pathlib import Path
 from urllib.parse import urlparse
 from typing import Annotated, Optional
@@ -38,6 +38,12 @@ def told(command):
             if os.environ.get('LORA_STUDY_DEBUG'): raise
             typer.echo(f'error: {e}', err=True)
             raise typer.Exit(2) from None
+        except (OSError, sqlite3.Error) as e:
+            from lora_study.rescue import storage_trouble
+            if os.environ.get('LORA_STUDY_DEBUG') or not (said := storage_trouble(e, kw.get('results') or 'results')): raise
+            typer.echo(f'error: {said}', err=True)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1) # what waits to be printed finds room there
+            raise typer.Exit(2) from None
     return run
 
 # %% ../nbs/15_cli.ipynb #0274cb62
@@ -57,7 +63,7 @@ def overrides(pairs) -> dict: # argument → value
 def existing_db(results:Path):
     "The results folder's database, or BadInput when no study was run there"
     from lora_study.tracker import open_db
-    if not (results/'study.db').is_file(): raise BadInput(f'{results}/study.db: no such database: run a study first, or rebuild it with `lora-study import {results}/NAME/records.jsonl`')
+    if not (results/'study.db').is_file(): raise BadInput(f'{results}/study.db: no such database: run a study first, or build it from what runs left with `lora-study rebuild --results {results}`')
     return open_db(results/'study.db')
 
 # %% ../nbs/15_cli.ipynb #861a6d95
@@ -149,27 +155,25 @@ def on_sigterm(*_):
 @app.command()
 @told
 def run(file:StudyFile, results:Results=Path('results'), set:Override=None, device:Device='auto',
-        workers:Annotated[str, typer.Option(help='Runs at a time: a number, or auto: one a GPU, or one a core as far as memory reaches. Costs are measured beside the others then.')]='1',
         timeout:Annotated[Optional[float], typer.Option(help='Seconds a notebook cell may take.')]=None,
-        save_steps:Annotated[int, typer.Option(help='Optimizer steps between checkpoints inside a run; 0: none.')]=0):
+        save_steps:Annotated[int, typer.Option(help='Optimizer steps between checkpoints inside a run; 0: none.')]=0,
+        resume:Annotated[str, typer.Option(help='auto; strict: not where code, packages, data or device changed since the checkpoint; inexact: rather from weights alone than from the start.')]='auto'):
     "Run everything in a study that is not done, then write its report."
-    from lora_study import sweep, workers as crew
+    from lora_study import sweep
     from lora_study.config import expand, read_study
-    study, _ = read_study(file, overrides(set)), crew.how_many(workers, 1, [], None) # a number that is none is told before anything starts
+    if resume not in ('auto', 'strict', 'inexact'): raise BadInput(f'--resume {resume}: expected auto, strict or inexact')
+    study = read_study(file, overrides(set))
     signal.signal(signal.SIGTERM, on_sigterm)
-    if workers == '1' or not sys.stdout.isatty(): look, (say, step, stop) = None, progress()
-    else: say, step, look, stop = crew.on_terminal()
+    say, step, stop = progress()
     try:
         if sweep.unfinished(study, results):
             settle_offline([(getattr(r, f), f) for r in expand(study) for f in ('model_name_or_path', 'dataset_name') if not (f == 'dataset_name' and r.dataset_path)])
             from lora_study.planner import preflight
             for note in preflight(study, device): say(f'note: {note}')
-        how = dict(device=device, timeout=timeout, save_steps=save_steps)
-        if workers == '1': tried = sweep.sweep(study, results, say, step, **how)
-        else: tried = crew.drive(study, results, crew.shares(study, results, workers, device, say), say, step, look or (lambda standing: None), **how)
-    except (KeyboardInterrupt, SystemExit) as e: # SystemExit: on_sigterm's
+        tried = sweep.sweep(study, results, say, step, device=device, timeout=timeout, save_steps=save_steps, resume=resume)
+    except KeyboardInterrupt:
         stop(); typer.echo(f'stopped; finished runs are kept: go on with `lora-study run {file}`', err=True)
-        raise typer.Exit(getattr(e, 'code', 130)) from None
+        raise typer.Exit(130) from None
     finally: stop()
     where = report_of(study, results)
     bad = sum(not ok for ok in tried.values())
@@ -283,6 +287,16 @@ def import_(file:Annotated[Path, typer.Argument(help='A records.jsonl, or a CSV 
     read_table(file) # refuse before a database is made
     n, extra = import_table(open_db(results/'study.db'), file, study)
     typer.echo(f'{n} runs taken in as {study}, marked as measured elsewhere' + (f'; kept as extra: {", ".join(extra)}' if extra else ''))
+
+# %% ../nbs/15_cli.ipynb #996d41b2
+@app.command()
+@told
+def rebuild(results:Results=Path('results')):
+    "Bring back the database from the runs' folders and exports; a damaged one is kept as a copy, a whole one only gains what it lacks."
+    from lora_study import rescue
+    back = rescue.rebuild(results, typer.echo)
+    show_table(back)
+    typer.echo(f"{sum(b['from_exports'] + b['from_run_folders'] for b in back)} runs came back")
 
 # %% ../nbs/15_cli.ipynb #167656f2
 @app.command()

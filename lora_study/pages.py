@@ -189,6 +189,7 @@ def run_notebook(path:Path):
     "Executes a notebook in its folder and writes it back with its outputs"
     import nbformat
     from nbclient import NotebookClient
+    from lora_study.tracker import write_whole
     nb = nbformat.read(path, 4)
     whole = list(nb.cells)
     nb.cells = [c for c in whole if not (c.cell_type == 'code' and is_left_out(c.source))]
@@ -196,7 +197,7 @@ def run_notebook(path:Path):
     for c in nb.cells:
         if c.cell_type == 'code': c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']; c.metadata.pop('execution', None)
     nb.cells = whole
-    nbformat.write(nb, path)
+    write_whole(path, nbformat.writes(nb) + '\n')
 
 # %% ../nbs/16_pages.ipynb #b06d95b2
 def derived(root:Path) -> dict: # path → the text it should have
@@ -213,7 +214,8 @@ def main(argv=None):
     if '--run' in args: return [run_notebook(Path(a)) for a in args[args.index('--run')+1:]]
     stale = [p for p, text in derived(Path.cwd()).items() if not p.is_file() or p.read_text(encoding='utf-8') != text]
     if '--check' in args and stale: sys.exit(f"stale: {', '.join(p.name for p in stale)}: run `make export` and commit")
-    for p in stale: p.parent.mkdir(parents=True, exist_ok=True); p.write_text(derived(Path.cwd())[p], encoding='utf-8')
+    from lora_study.tracker import write_whole
+    for p in stale: write_whole(p, derived(Path.cwd())[p])
 
 # %% ../nbs/16_pages.ipynb #6d119d46
 if __name__ == '__main__' and '__file__' in globals(): main()

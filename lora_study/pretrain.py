@@ -7,12 +7,13 @@ __all__ = ['VOCAB_SIZE', 'BOS', 'EOS', 'PAD', 'CARD', 'train_tokenizer', 'base_c
            'nats_per_token', 'save_base', 'build_base']
 
 # %% ../nbs/21_pretrain.ipynb #a19fb1cd
-import json, time
+import json, shutil, time
 from itertools import islice
 from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from .tracker import whole, write_whole
 from .world import held_out_text, instruction_examples, pretraining_text, shuffled_words
 
 # %% ../nbs/21_pretrain.ipynb #7bc8f107
@@ -116,10 +117,11 @@ Licence: that of lora_study (Apache-2.0).
 # %% ../nbs/21_pretrain.ipynb #649d390b
 def save_base(model, tokenizer, folder, card:str):
     "Writes a base as a Hugging Face folder in bfloat16"
-    folder = Path(folder)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder/'README.md').write_text(card, encoding='utf-8')
+    with whole(folder) as part:
+        model.to(torch.bfloat16).save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        (part/'README.md').write_text(card, encoding='utf-8')
+        shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/21_pretrain.ipynb #f889a709
 def build_base(
@@ -136,5 +138,5 @@ def build_base(
                        nll_a=nats_per_token(model, tokenizer, held_out), nll_b=nats_per_token(model, tokenizer, asked),
                        nll_shuffled=nats_per_token(model, tokenizer, [shuffled_words(t) for t in held_out]))
     save_base(model, tokenizer, folder, card)
-    (Path(folder)/'pretraining.json').write_text(json.dumps(curve))
+    write_whole(Path(folder)/'pretraining.json', json.dumps(curve))
     return curve

@@ -20,6 +20,7 @@ from urllib.parse import unquote
 import yaml
 from .catalogue import CATALOGUE, FORMATS, never
 from .config import BadInput, Loader, Study, varied
+from .tracker import write_whole
 from .pages import derived, for_quarto, is_hidden, opened_with, point_page, reopened, report_page
 
 # %% ../nbs/35_site.ipynb #247144db
@@ -425,7 +426,7 @@ def check_site(
 def write_made(root:Path) -> list: # paths written
     "Writes what is made and is not as it should be"
     stale = {p: t for p, t in (made(root) | dressed(root)).items() if not p.is_file() or p.read_text(encoding='utf-8') != t}
-    for p, text in stale.items(): p.parent.mkdir(parents=True, exist_ok=True); p.write_text(text, encoding='utf-8')
+    for p, text in stale.items(): write_whole(p, text)
     return list(stale)
 
 # %% ../nbs/35_site.ipynb #9ae39c2b

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HOW', 'KINDS', 'read_template', 'mark_failure', 'kernel_manager', 'PointEngine', 'WholeFiles', 'execute', 'explain',
            'run_folder', 'finished', 'run_point', 'publish', 'kept_alive', 'labels', 'plan', 'unfinished',
-           'keep_failure', 'attempt_run', 'sweep']
+           'keep_failure', 'make_room', 'attempt_run', 'sweep']
 
 # %% ../nbs/10_sweep.ipynb #b106a63b
 import os, shutil, sqlite3, tempfile, threading, time
@@ -26,7 +26,7 @@ from .pages import opened_with, point_page
 from .warm import warmed
 
 # %% ../nbs/10_sweep.ipynb #0416f06a
-HOW = {'work_dir', 'checkpoint_dir', 'shared_dir', 'device', 'save_steps'} # parameters that are not part of a Run
+HOW = {'work_dir', 'checkpoint_dir', 'device', 'save_steps', 'resume'} # parameters that are not part of a Run
 
 # %% ../nbs/10_sweep.ipynb #c8be4362
 def read_template(path=None) -> nbformat.NotebookNode: # None: the packaged one
@@ -49,9 +49,9 @@ def mark_failure(nb:nbformat.NotebookNode):
     nb.metadata.papermill['exception'] = True
 
 # %% ../nbs/10_sweep.ipynb #4aa44c14
-def kernel_manager(kernel_name:str, ready:dict|None=None) -> AsyncKernelManager: # ready: the point's parameters
+def kernel_manager(kernel_name:str) -> AsyncKernelManager:
     "A manager whose kernel listens on socket files where the system has them"
-    km = warmed(AsyncKernelManager(kernel_name=kernel_name), ready)
+    km = warmed(AsyncKernelManager(kernel_name=kernel_name))
     if os.name == 'posix': km.transport, km.ip = 'ipc', str(Path(tempfile.mkdtemp(prefix='lora-'))/'k')
     return km
 
@@ -61,7 +61,7 @@ class PointEngine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, execution_timeout=None, **kwargs):
         nb_man.nb.metadata.papermill['input_path'] = '50_point.ipynb' # papermill would write the whole template here
-        km = kernel_manager(kernel_name, kwargs.get('ready'))
+        km = kernel_manager(kernel_name)
         try: PapermillNotebookClient(nb_man, km=km, kernel_name=kernel_name, timeout=execution_timeout, startup_timeout=start_timeout).execute(cleanup_kc=True)
         except BaseException: mark_failure(nb_man.nb); raise
         finally:
@@ -85,14 +85,15 @@ def execute(
     papermill_io.reset(); papermill_io.register('local', WholeFiles())
     out.parent.mkdir(parents=True, exist_ok=True)
     for k, v in dict(HF_HUB_DISABLE_PROGRESS_BARS='1', TRANSFORMERS_VERBOSITY='error', TOKENIZERS_PARALLELISM='false').items(): os.environ.setdefault(k, v)
-    execute_notebook(nb, str(out), parameters, engine_name='lora_study', kernel_name='python3', progress_bar=False, start_timeout=300, execution_timeout=timeout, ready=parameters)
+    execute_notebook(nb, str(out), parameters, engine_name='lora_study', kernel_name='python3', progress_bar=False, start_timeout=300, execution_timeout=timeout)
 
 # %% ../nbs/10_sweep.ipynb #cfb7fa90
-KINDS = dict(BadInput='bad_input', Diverged='diverged', OutOfMemoryError='out_of_memory', MemoryError='out_of_memory')
+KINDS = dict(BadInput='bad_input', Diverged='diverged', OutOfMemoryError='out_of_memory', MemoryError='out_of_memory', DiskFull='disk_full')
 
 # %% ../nbs/10_sweep.ipynb #4049f660
 def explain(err:Exception) -> tuple: # kind, one line
     "What a failed execution is recorded as"
+    if tracker.is_full(err) and getattr(err, 'ename', '') != 'DiskFull': return 'disk_full', str(err) if isinstance(err, tracker.DiskFull) else f'the disk is full: {tracker.FREE}'
     if isinstance(err, PapermillExecutionError): return KINDS.get(err.ename, 'error'), f'{err.ename}: {err.evalue}'.splitlines()[0]
     if isinstance(err, DeadKernelError): return 'kernel_died', 'the kernel died (killed, or out of memory)'
     if isinstance(err, CellTimeoutError): return 'timeout', str(err).splitlines()[0]
@@ -119,7 +120,7 @@ def run_point(
     device:str='auto',
     timeout:float|None=None, # seconds a cell may take
     save_steps:int=0,        # optimizer steps between checkpoints
-    execute=execute,         # what runs a notebook: (notebook, where to, parameters, timeout)
+    resume:str='auto',       # from `train.RESUME`
 ) -> tuple: # the record, the folder it is in
     "Executes one run, or takes up an attempt that had finished unnoticed"
     home = run_folder(results, study, name)
@@ -128,7 +129,7 @@ def run_point(
     for earlier in home.glob('attempt-*'): shutil.rmtree(earlier, ignore_errors=True)
     nb, folder = read_template(), home/f'attempt-{attempt}'
     nb.cells[0].source = f'---\ntitle: {name}\n---'
-    how = dict(work_dir=str(folder), checkpoint_dir=str(home/'checkpoints'), shared_dir=str(home.parent.parent/'base'), device=device, save_steps=save_steps)
+    how = dict(work_dir=str(folder), checkpoint_dir=str(home/'checkpoints'), device=device, save_steps=save_steps, resume=resume)
     execute(nb, folder/'point.ipynb', run.model_dump(exclude_unset=True) | how, timeout)
     if rec := finished(folder, run_id(run)): return rec, folder
     raise BadInput(f'{folder}: the notebook ran to its end and left no valid record of run {run_id(run)}')
@@ -189,6 +190,11 @@ def keep_failure(results, study:Study, run:Run, name:str, attempt:int, kind:str)
     tracker.write_whole(Path(results)/kept, opened_with(part.read_text(encoding='utf-8'), head))
     return kept
 
+# %% ../nbs/10_sweep.ipynb #1f982d61
+def make_room(folder:Path):
+    "Removes what an attempt that met a full disk left, so that its failure can be written down; a finished one waits to be taken in"
+    if not (folder/'record.json').is_file(): shutil.rmtree(folder, ignore_errors=True)
+
 # %% ../nbs/10_sweep.ipynb #c5e8d700
 def attempt_run(db, path, study:Study, run:Run, name:str, attempt:int, results, say, **how) -> bool: # whether it is done
     "One claimed run, through to done or failed"
@@ -199,10 +205,11 @@ def attempt_run(db, path, study:Study, run:Run, name:str, attempt:int, results, 
             if not tracker.renew(db, study.name, rid, attempt): say(f'{name}: taken over by another driver meanwhile'); return True
             tracker.finish(db, study.name, rec, attempt, publish(folder, rec, results, study.name, name, varied(study)))
     except (KeyboardInterrupt, SystemExit): tracker.release(db, study.name, rid, attempt); raise
-    except tracker.Busy: raise # what the attempt left is whole: the next driver takes it in
     except Exception as e:
         kind, message = explain(e)
+        if kind == 'disk_full': make_room(run_folder(results, study.name, name)/f'attempt-{attempt}')
         tracker.fail(db, study.name, rid, attempt, kind, message, keep_failure(results, study, run, name, attempt, kind))
+        if kind == 'disk_full': raise tracker.DiskFull(message) from None # the next run would meet the same
         say(f'{name} failed ({kind}): {message}')
         return False
     say(f"{name} done in {time.perf_counter()-start:.1f} s: NLL {rec.metrics['base_nll']:.3f} → {rec.metrics['test_nll']:.3f}")
@@ -213,26 +220,24 @@ def sweep(
     study:Study,
     results='results',     # the results folder; its study.db is shared by all studies
     say=print,             # gets one line an event
-    step=lambda done, of, name: None, # called when a run has been claimed; without a name while others are at what is left, and at the end
-    before:dict|None=None, # run id → its attempts when drivers began together: what one of them has failed since is not for another to try again
-    **how,                 # device, timeout, save_steps, execute of `run_point`
+    step=lambda done, of, name: None, # called before each run and at the end
+    **how,                 # device, timeout, save_steps, resume of `run_point`
 ) -> dict: # label → whether it is done, for the runs this driver attempted
     "Runs everything in a study that is not done"
     read_template() # refuse before anything starts
     path, todo, tried, who = Path(results)/'study.db', labels(study), {}, tracker.owner()
     db = tracker.open_db(path)
+    tracker.check_whole(db); tracker.check_writable(Path(results)/study.name)
+    if far := tracker.network_mount(path): say(f'note: {path} lies on {far}: locks over a network are not to be trusted: use a local disk, and one machine at a time')
     tracker.register(db, study.name, todo)
-    ids = {name: run_id(run) for run, name in todo.items()}
     while True:
-        states = {r['run_id']: r for r in db.execute('select run_id, status, attempt from runs where study=?', (study.name,))}
-        over = lambda r: r['status'] == 'done' or (before is not None and r['status'] == 'failed' and r['attempt'] > before.get(r['run_id'], 0))
-        left = [(r, n) for r, n in todo.items() if n not in tried and not over(states[ids[n]])]
+        states = {r['run_id']: r['status'] for r in db.execute('select run_id, status from runs where study=?', (study.name,))}
+        left = [(r, n) for r, n in todo.items() if states[run_id(r)] != 'done' and n not in tried]
+        step(len(todo) - len(left), len(todo), left[0][1] if left else '')
         if not left: break
-        for run, name in sorted(left, key=lambda x: states[ids[x[1]]]['status'] == 'running'):
-            if attempt := tracker.claim(db, study.name, ids[name], who): break
-        else: step(len(todo) - len(left), len(todo), ''); time.sleep(1); continue # others are at what is left
-        step(len(todo) - len(left), len(todo), name)
+        for run, name in left:
+            if attempt := tracker.claim(db, study.name, run_id(run), who): break
+        else: time.sleep(1); continue # others are at what is left
         tried[name] = attempt_run(db, path, study, run, name, attempt, results, say, **how)
-    step(len(todo), len(todo), '')
     db.close()
     return tried
