@@ -155,25 +155,29 @@ def on_sigterm(*_):
 @app.command()
 @told
 def run(file:StudyFile, results:Results=Path('results'), set:Override=None, device:Device='auto',
+        workers:Annotated[str, typer.Option(help='Runs at a time: a number, or auto: one a GPU, or one a core as far as memory reaches. Costs are measured beside the others then.')]='1',
         timeout:Annotated[Optional[float], typer.Option(help='Seconds a notebook cell may take.')]=None,
         save_steps:Annotated[int, typer.Option(help='Optimizer steps between checkpoints inside a run; 0: none.')]=0,
         resume:Annotated[str, typer.Option(help='auto; strict: not where code, packages, data or device changed since the checkpoint; inexact: rather from weights alone than from the start.')]='auto'):
     "Run everything in a study that is not done, then write its report."
-    from lora_study import sweep
+    from lora_study import sweep, workers as crew
     from lora_study.config import expand, read_study
     if resume not in ('auto', 'strict', 'inexact'): raise BadInput(f'--resume {resume}: expected auto, strict or inexact')
-    study = read_study(file, overrides(set))
+    study, _ = read_study(file, overrides(set)), crew.how_many(workers, 1, [], None) # a number that is none is told before anything starts
     signal.signal(signal.SIGTERM, on_sigterm)
-    say, step, stop = progress()
+    if workers == '1' or not sys.stdout.isatty(): look, (say, step, stop) = None, progress()
+    else: say, step, look, stop = crew.on_terminal()
     try:
         if sweep.unfinished(study, results):
             settle_offline([(getattr(r, f), f) for r in expand(study) for f in ('model_name_or_path', 'dataset_name') if not (f == 'dataset_name' and r.dataset_path)])
             from lora_study.planner import preflight
             for note in preflight(study, device): say(f'note: {note}')
-        tried = sweep.sweep(study, results, say, step, device=device, timeout=timeout, save_steps=save_steps, resume=resume)
-    except KeyboardInterrupt:
+        how = dict(device=device, timeout=timeout, save_steps=save_steps, resume=resume)
+        if workers == '1': tried = sweep.sweep(study, results, say, step, **how)
+        else: tried = crew.drive(study, results, crew.shares(study, results, workers, device, say), say, step, look or (lambda standing: None), **how)
+    except (KeyboardInterrupt, SystemExit) as e: # SystemExit: on_sigterm's
         stop(); typer.echo(f'stopped; finished runs are kept: go on with `lora-study run {file}`', err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(getattr(e, 'code', 130)) from None
     finally: stop()
     where = report_of(study, results)
     bad = sum(not ok for ok in tried.values())

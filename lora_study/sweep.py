@@ -26,7 +26,7 @@ from .pages import opened_with, point_page
 from .warm import warmed
 
 # %% ../nbs/10_sweep.ipynb #0416f06a
-HOW = {'work_dir', 'checkpoint_dir', 'device', 'save_steps', 'resume'} # parameters that are not part of a Run
+HOW = {'work_dir', 'checkpoint_dir', 'shared_dir', 'device', 'save_steps', 'resume'} # parameters that are not part of a Run
 
 # %% ../nbs/10_sweep.ipynb #c8be4362
 def read_template(path=None) -> nbformat.NotebookNode: # None: the packaged one
@@ -49,9 +49,9 @@ def mark_failure(nb:nbformat.NotebookNode):
     nb.metadata.papermill['exception'] = True
 
 # %% ../nbs/10_sweep.ipynb #4aa44c14
-def kernel_manager(kernel_name:str) -> AsyncKernelManager:
+def kernel_manager(kernel_name:str, ready:dict|None=None) -> AsyncKernelManager: # ready: the point's parameters
     "A manager whose kernel listens on socket files where the system has them"
-    km = warmed(AsyncKernelManager(kernel_name=kernel_name))
+    km = warmed(AsyncKernelManager(kernel_name=kernel_name), ready)
     if os.name == 'posix': km.transport, km.ip = 'ipc', str(Path(tempfile.mkdtemp(prefix='lora-'))/'k')
     return km
 
@@ -61,7 +61,7 @@ class PointEngine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, execution_timeout=None, **kwargs):
         nb_man.nb.metadata.papermill['input_path'] = '50_point.ipynb' # papermill would write the whole template here
-        km = kernel_manager(kernel_name)
+        km = kernel_manager(kernel_name, kwargs.get('ready'))
         try: PapermillNotebookClient(nb_man, km=km, kernel_name=kernel_name, timeout=execution_timeout, startup_timeout=start_timeout).execute(cleanup_kc=True)
         except BaseException: mark_failure(nb_man.nb); raise
         finally:
@@ -85,7 +85,7 @@ def execute(
     papermill_io.reset(); papermill_io.register('local', WholeFiles())
     out.parent.mkdir(parents=True, exist_ok=True)
     for k, v in dict(HF_HUB_DISABLE_PROGRESS_BARS='1', TRANSFORMERS_VERBOSITY='error', TOKENIZERS_PARALLELISM='false').items(): os.environ.setdefault(k, v)
-    execute_notebook(nb, str(out), parameters, engine_name='lora_study', kernel_name='python3', progress_bar=False, start_timeout=300, execution_timeout=timeout)
+    execute_notebook(nb, str(out), parameters, engine_name='lora_study', kernel_name='python3', progress_bar=False, start_timeout=300, execution_timeout=timeout, ready=parameters)
 
 # %% ../nbs/10_sweep.ipynb #cfb7fa90
 KINDS = dict(BadInput='bad_input', Diverged='diverged', OutOfMemoryError='out_of_memory', MemoryError='out_of_memory', DiskFull='disk_full')
@@ -120,6 +120,7 @@ def run_point(
     device:str='auto',
     timeout:float|None=None, # seconds a cell may take
     save_steps:int=0,        # optimizer steps between checkpoints
+    execute=execute,         # what runs a notebook: (notebook, where to, parameters, timeout)
     resume:str='auto',       # from `train.RESUME`
 ) -> tuple: # the record, the folder it is in
     "Executes one run, or takes up an attempt that had finished unnoticed"
@@ -129,7 +130,7 @@ def run_point(
     for earlier in home.glob('attempt-*'): shutil.rmtree(earlier, ignore_errors=True)
     nb, folder = read_template(), home/f'attempt-{attempt}'
     nb.cells[0].source = f'---\ntitle: {name}\n---'
-    how = dict(work_dir=str(folder), checkpoint_dir=str(home/'checkpoints'), device=device, save_steps=save_steps, resume=resume)
+    how = dict(work_dir=str(folder), checkpoint_dir=str(home/'checkpoints'), shared_dir=str(home.parent.parent/'base'), device=device, save_steps=save_steps, resume=resume)
     execute(nb, folder/'point.ipynb', run.model_dump(exclude_unset=True) | how, timeout)
     if rec := finished(folder, run_id(run)): return rec, folder
     raise BadInput(f'{folder}: the notebook ran to its end and left no valid record of run {run_id(run)}')
@@ -205,6 +206,7 @@ def attempt_run(db, path, study:Study, run:Run, name:str, attempt:int, results, 
             if not tracker.renew(db, study.name, rid, attempt): say(f'{name}: taken over by another driver meanwhile'); return True
             tracker.finish(db, study.name, rec, attempt, publish(folder, rec, results, study.name, name, varied(study)))
     except (KeyboardInterrupt, SystemExit): tracker.release(db, study.name, rid, attempt); raise
+    except tracker.Busy: raise # what the attempt left is whole: the next driver takes it in
     except Exception as e:
         kind, message = explain(e)
         if kind == 'disk_full': make_room(run_folder(results, study.name, name)/f'attempt-{attempt}')
@@ -220,8 +222,9 @@ def sweep(
     study:Study,
     results='results',     # the results folder; its study.db is shared by all studies
     say=print,             # gets one line an event
-    step=lambda done, of, name: None, # called before each run and at the end
-    **how,                 # device, timeout, save_steps, resume of `run_point`
+    step=lambda done, of, name: None, # called when a run has been claimed; without a name while others are at what is left, and at the end
+    before:dict|None=None, # run id → its attempts when drivers began together: what one of them has failed since is not for another to try again
+    **how,                 # device, timeout, save_steps, resume, execute of `run_point`
 ) -> dict: # label → whether it is done, for the runs this driver attempted
     "Runs everything in a study that is not done"
     read_template() # refuse before anything starts
@@ -230,14 +233,17 @@ def sweep(
     tracker.check_whole(db); tracker.check_writable(Path(results)/study.name)
     if far := tracker.network_mount(path): say(f'note: {path} lies on {far}: locks over a network are not to be trusted: use a local disk, and one machine at a time')
     tracker.register(db, study.name, todo)
+    ids = {name: run_id(run) for run, name in todo.items()}
     while True:
-        states = {r['run_id']: r['status'] for r in db.execute('select run_id, status from runs where study=?', (study.name,))}
-        left = [(r, n) for r, n in todo.items() if states[run_id(r)] != 'done' and n not in tried]
-        step(len(todo) - len(left), len(todo), left[0][1] if left else '')
+        states = {r['run_id']: r for r in db.execute('select run_id, status, attempt from runs where study=?', (study.name,))}
+        over = lambda r: r['status'] == 'done' or (before is not None and r['status'] == 'failed' and r['attempt'] > before.get(r['run_id'], 0))
+        left = [(r, n) for r, n in todo.items() if n not in tried and not over(states[ids[n]])]
         if not left: break
-        for run, name in left:
-            if attempt := tracker.claim(db, study.name, run_id(run), who): break
-        else: time.sleep(1); continue # others are at what is left
+        for run, name in sorted(left, key=lambda x: states[ids[x[1]]]['status'] == 'running'):
+            if attempt := tracker.claim(db, study.name, ids[name], who): break
+        else: step(len(todo) - len(left), len(todo), ''); time.sleep(1); continue # others are at what is left
+        step(len(todo) - len(left), len(todo), name)
         tried[name] = attempt_run(db, path, study, run, name, attempt, results, say, **how)
+    step(len(todo), len(todo), '')
     db.close()
     return tried

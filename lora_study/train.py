@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SHAPES', 'PARTS', 'RESUME', 'total_steps', 'warmup', 'parameter_groups', 'make_optimizer',
            'make_schedule', 'rate_at', 'Loop', 'pack', 'apart', 'as_batch', 'micro_batches', 'Diverged', 'summed_loss',
-           'backward', 'optimizer_step', 'read_validation', 'train_step', 'train', 'sealed_files', 'made_with',
-           'save_checkpoint', 'lacks', 'checkpoints_of', 'load_weights', 'load_checkpoint', 'load_weights_alone',
-           'changed', 'take_up', 'marks', 'read_loop', 'asked_loop', 'check_packed', 'check_applied', 'probe_batches',
-           'probe_run', 'measure_adapter']
+           'backward', 'optimizer_step', 'read_validation', 'train_step', 'Progress', 'train', 'sealed_files',
+           'made_with', 'save_checkpoint', 'lacks', 'checkpoints_of', 'load_weights', 'load_checkpoint',
+           'load_weights_alone', 'changed', 'take_up', 'marks', 'read_loop', 'asked_loop', 'check_packed',
+           'check_applied', 'probe_batches', 'probe_run', 'measure_adapter']
 
 # %% ../nbs/08_train.ipynb #4ea887a8
 import hashlib, json, math, shutil, time
@@ -202,6 +202,20 @@ def train_step(loop:Loop):
     loop.step += 1
     loop.history['train'].append(dict(step=loop.step, loss=loss, learning_rate=lr))
 
+# %% ../nbs/08_train.ipynb #957a3c54
+class Progress:
+    "Tells whoever watches how far a loop is"
+    def __init__(self,
+        path,            # of JSON lines: step, of, loss; None: nobody watches
+        every:float=2.,  # seconds between lines
+    ): self.path, self.every, self.due = path, every, 0.
+    def __call__(self, loop:Loop):
+        if self.path is None or time.monotonic() < self.due: return
+        self.due = time.monotonic() + self.every
+        try:
+            with open(self.path, 'a') as f: f.write(json.dumps(dict(step=loop.step, of=loop.total, loss=loop.history['train'][-1]['loss'])) + '\n')
+        except OSError: pass # a run does not fail for want of onlookers
+
 # %% ../nbs/08_train.ipynb #931507cb
 def train(
     loop:Loop,
@@ -210,10 +224,11 @@ def train(
     save_steps:int=0,        # optimizer steps between checkpoints; 0: none
     stop_at:int|None=None,   # leave after this step (the schedule still knows the whole run)
     measure=lambda name: nullcontext(), # entered around 'training' steps and around each 'validation'
+    progress=None,           # a file for `Progress`
     resume:str='auto',       # from `RESUME`
 ) -> Loop:
     "Trains to the end, from where the newest checkpoint left off"
-    end = min(loop.total, stop_at or loop.total)
+    end, tell = min(loop.total, stop_at or loop.total), Progress(progress)
     def due(): return validation and (loop.step % loop.run.eval_steps == 0 or loop.step == loop.total)
     def look():
         with measure('validation'): read_validation(loop, validation)
@@ -223,8 +238,8 @@ def train(
         if due(): look()
     while loop.step < end:
         with measure('training'):
-            train_step(loop)
-            while loop.step < end and not due() and not (save_steps and loop.step % save_steps == 0): train_step(loop)
+            train_step(loop); tell(loop)
+            while loop.step < end and not due() and not (save_steps and loop.step % save_steps == 0): train_step(loop); tell(loop)
         if due(): look()
         if checkpoints and save_steps and loop.step % save_steps == 0: save_checkpoint(loop, checkpoints)
     loop.model.eval()
