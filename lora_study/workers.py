@@ -345,7 +345,7 @@ def bury(crew:Crew, k:int, code:int, had:dict|None): # had: what it was at
 def dismiss(crew:Crew, grace:float=GRACE): # seconds
     "Lets every worker go: asked first, then ended"
     if not crew.alive: return
-    crew.say(f"stopping {len(crew.alive)} worker{'s' if len(crew.alive) > 1 else ''}: what they are at is given back")
+    crew.say(f"stopping {len(crew.alive)} worker{'s' if len(crew.alive) > 1 else ''}: what is in work is given back")
     end = time.monotonic() + grace
     try:
         for w in crew.alive.values(): crew.executor.stop(w)
@@ -361,7 +361,7 @@ def outcome(db, study:str, todo:dict, before:dict, crew:Crew) -> dict: # label â
     left = [] if crew.through or not crew.jobs else [i for i, r in rows.items() if r['status'] != 'done' and not (r['status'] == 'failed' and r['attempt'] > before[i])]
     if left and crew.refused: raise BadInput(crew.refused[0])
     for line in crew.refused: crew.say(f'note: {line}')
-    if left: crew.say(f'{len(left)} runs are left, and no worker: give the same command again')
+    if left: crew.say(f"{len(left)} run{'s are' if len(left) > 1 else ' is'} left, and no worker: give the same command again")
     return {todo[i]: r['status'] == 'done' for i, r in rows.items() if r['attempt'] > before[i] or i in left}
 
 # %% ../nbs/51_workers.ipynb #0bd4f588

@@ -54,7 +54,7 @@ def test_workers_that_keep_dying_are_given_up_and_the_runs_are_left(befalls):
             if r['label'] == FIRST: owner_of(FIRST).kill()
     done, said, df = drive(Study(name='demo', axes=dict(lora_r=[2])), 1, look=look, restarts=1)
     assert done == {FIRST: False} and [('started anew' in s, 'not started again' in s) for s in said if 'died' in s] == [(True, False), (False, True)]
-    assert said[-1] == '1 runs are left, and no worker: give the same command again'
+    assert said[-1] == '1 run is left, and no worker: give the same command again'
     befalls()
     assert drive(Study(name='demo', axes=dict(lora_r=[2])), 1)[0] == {FIRST: True}
 
@@ -122,6 +122,18 @@ def test_workers_leave_with_their_parent(befalls, by, code):
     assert psutil.wait_procs(family, timeout=30)[1] == []
     df = tracker.frame(tracker.open_db('results/study.db'))
     assert df.status.tolist() == ['waiting']*6 and sorted(df.attempt) == [0]*4 + [1]*2 # given back, and no other taken meanwhile
+
+DEAF = 'import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); subprocess.Popen(["sleep", "300"], start_new_session=True); print("{}", flush=True); time.sleep(300)'
+
+@pytest.mark.fault(31)
+def test_a_worker_that_does_not_listen_is_ended_with_all_it_started():
+    deaf, said = workers.Local(subprocess.Popen([sys.executable, '-c', DEAF], stdout=subprocess.PIPE, text=True)), []
+    until(lambda: deaf.heard)
+    family = psutil.Process(deaf.process.pid).children()
+    assert len(family) == 1
+    workers.dismiss(workers.Crew(workers.LocalProcesses(), {}, said.append, None, 0, {1: deaf}), grace=.3)
+    assert deaf.process.wait(10) == -signal.SIGKILL and psutil.wait_procs(family, timeout=10)[1] == []
+    assert said == ['stopping 1 worker: what is in work is given back']
 
 def until(true, seconds=60):
     end = time.time() + seconds
