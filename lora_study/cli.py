@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'StudyFile', 'Results', 'Override', 'Device', 'told', 'overrides', 'existing_db', 'settle_offline',
-           'show_table', 'at_hand', 'plan_size', 'plan', 'progress', 'on_sigterm', 'run', 'report_of', 'study_named',
+           'show_table', 'at_hand', 'plan_size', 'plan', 'progress', 'run_all', 'run', 'report_of', 'study_named',
            'report', 'findings', 'runs', 'show', 'export', 'import_', 'claims', 'design', 'mirror', 'recommend',
            'compare', 'prepare_data', 'evaluate', 'validate', 'init', 'main']
 
 # %% ../nbs/15_cli.ipynb #52e932fa
-import functools, json, logging, os, signal, socket, sys
+import functools, json, logging, os, socket, sys
 from pathlib import Path
 from urllib.parse import urlparse
 from typing import Annotated, Optional
@@ -126,8 +126,8 @@ def plan(file:Annotated[Optional[Path], typer.Argument(help='A study file (YAML)
     show_table(forecast.table(found, price), study.name)
     if parts: show_table(forecast.parts_table(found), 'expected peak')
     typer.echo(forecast.summary(found, device, price))
-    left = sum(r['status'] != 'done' for r in rows)
-    typer.echo(f"{study.name}: {len(rows)} runs, {len(rows)-left} done, {left} to do")
+    done, left = (sum(is_so(r) for r in rows) for is_so in (lambda r: r['status'] == 'done', lambda r: not sweep.settled(r)))
+    typer.echo(f"{study.name}: {len(rows)} runs, {done} done, {f'{stuck} failed (--retry-failed tries again), ' if (stuck := len(rows) - done - left) else ''}{left} to do")
 
 # %% ../nbs/15_cli.ipynb #631f1cb5
 def progress():
@@ -140,37 +140,45 @@ def progress():
     bar.start()
     return lambda line: bar.console.print(line, markup=False, highlight=False), lambda done, of, name: bar.update(task, completed=done, total=of, description=name), bar.stop
 
-# %% ../nbs/15_cli.ipynb #81d96e94
-def on_sigterm(*_):
-    "SIGTERM leaves through the same doors as an error"
-    raise SystemExit(143)
+# %% ../nbs/15_cli.ipynb #53ade337
+def run_all(study, results:Path, say, step, retry_failed:bool, device:str, **how) -> dict: # see `sweep.sweep`
+    "What is left of a study, its inputs looked at first"
+    from lora_study import sweep
+    from lora_study.config import expand
+    if sweep.unfinished(study, results, retry_failed):
+        settle_offline([(getattr(r, f), f) for r in expand(study) for f in ('model_name_or_path', 'dataset_name') if not (f == 'dataset_name' and r.dataset_path)])
+        from lora_study.planner import preflight
+        for note in preflight(study, device): say(f'note: {note}')
+    return sweep.sweep(study, results, say, step, retry_failed, device=device, **how)
 
 # %% ../nbs/15_cli.ipynb #f0fd2519
 @app.command()
 @told
 def run(file:StudyFile, results:Results=Path('results'), set:Override=None, device:Device='auto',
         timeout:Annotated[Optional[float], typer.Option(help='Seconds a notebook cell may take.')]=None,
-        save_steps:Annotated[int, typer.Option(help='Optimizer steps between checkpoints inside a run; 0: none.')]=0):
-    "Run everything in a study that is not done, then write its report."
-    from lora_study import sweep
-    from lora_study.config import expand, read_study
+        save_steps:Annotated[int, typer.Option(help='Optimizer steps between checkpoints inside a run; 0: none.')]=0,
+        retry_failed:Annotated[bool, typer.Option('--retry-failed', help='Also runs that failed by their own settings: diverged, out of memory, timeout, error. Without it a failure stands.')]=False,
+        retry_smaller:Annotated[bool, typer.Option('--retry-smaller', help='A run out of memory once more, with half its rows at a time: the same steps on the same examples, marked in its record.')]=False):
+    """Run everything in a study that is not done, then write its report.
+
+    Ctrl-C or SIGTERM stops it; the same command goes on. Exit code 0: all runs are done; 1: some failed; 3: there was nothing to do."""
+    from lora_study import processes, sweep
+    from lora_study.config import read_study
     study = read_study(file, overrides(set))
-    signal.signal(signal.SIGTERM, on_sigterm)
     say, step, stop = progress()
     try:
-        if sweep.unfinished(study, results):
-            settle_offline([(getattr(r, f), f) for r in expand(study) for f in ('model_name_or_path', 'dataset_name') if not (f == 'dataset_name' and r.dataset_path)])
-            from lora_study.planner import preflight
-            for note in preflight(study, device): say(f'note: {note}')
-        tried = sweep.sweep(study, results, say, step, device=device, timeout=timeout, save_steps=save_steps)
-    except KeyboardInterrupt:
-        stop(); typer.echo(f'stopped; finished runs are kept: go on with `lora-study run {file}`', err=True)
-        raise typer.Exit(130) from None
+        with processes.orderly(): tried = run_all(study, results, say, step, retry_failed, device=device, timeout=timeout, save_steps=save_steps, retry_smaller=retry_smaller)
+    except (KeyboardInterrupt, SystemExit) as e:
+        stop(); typer.echo(f'stopped; finished runs are kept{", and the one in work up to its last checkpoint" if save_steps else ""}: go on with `lora-study run {file}`', err=True)
+        raise typer.Exit(130 if isinstance(e, KeyboardInterrupt) else e.code) from None
     finally: stop()
-    where = report_of(study, results)
+    where, failed = report_of(study, results), [r for r in sweep.plan(existing_db(results), study) if r['status'] == 'failed']
+    old = [r for r in failed if r['label'] not in tried]
     bad = sum(not ok for ok in tried.values())
-    typer.echo(f'{"nothing left to do" if not tried else f"{len(tried)-bad} runs done, {bad} failed"}\nreport:    {where.with_name("report.html")}, {where.name}\nnotebooks: {where.parent}/points/')
-    raise typer.Exit(1 if bad else 0 if tried else 3)
+    typer.echo(f'{len(tried)-bad} runs done, {bad} failed' if tried else 'nothing left to do')
+    if old: typer.echo(f'{len(old)} failed earlier ({", ".join(sorted({r["error_kind"] for r in old}))}): `lora-study run {file} --retry-failed` tries again')
+    typer.echo(f'report:    {where.with_name("report.html")}, {where.name}\nnotebooks: {where.parent}/points/')
+    raise typer.Exit(1 if failed else 0 if tried else 3)
 
 # %% ../nbs/15_cli.ipynb #dc9b5e37
 def report_of(study, results:Path) -> Path:
