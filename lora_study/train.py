@@ -240,8 +240,9 @@ def train(
             train_step(loop)
             while loop.step < end and not due() and not save(): train_step(loop)
         if due(): look()
-        if save(): save_checkpoint(loop, checkpoints)
-        if saving and is_asked(checkpoints): can_be_asked(checkpoints, False); raise Stopped(f'asked to stop: step {loop.step} of {loop.total} is saved')
+        asked = saving and is_asked(checkpoints)
+        if asked or save(): save_checkpoint(loop, checkpoints)
+        if asked: can_be_asked(checkpoints, False); raise Stopped(f'asked to stop: step {loop.step} of {loop.total} is saved')
     if saving: can_be_asked(checkpoints, False)
     loop.model.eval()
     return loop
