@@ -77,8 +77,10 @@ class Watch:
         if self.root is None: return
         known = frozenset(filter(alive, families([self.root, *self.known])))
         self.peak = max(self.peak, sum(map(held, known)))
-        if self.note and known - self.known: tracker.write_whole(self.note, json.dumps(dict(driver=tracker.owner(), processes=[(p.pid, p.create_time()) for p in known])))
-        self.known = known
+        fresh, self.known = known - self.known, known
+        try:
+            if self.note and fresh: tracker.write_whole(self.note, json.dumps(dict(driver=tracker.owner(), processes=[(p.pid, p.create_time()) for p in known])))
+        except OSError: pass # a full disk is told of where it matters
     def end(self):
         self.look()
         if not end(set(self.known)) and self.note: self.note.unlink(missing_ok=True)
@@ -104,8 +106,7 @@ def watched(
     watch.find, watch.process, watch.root = find, None, None
     def beat():
         while not stop.wait(every if watch.process else .05):
-            try: watch.look()
-            except (psutil.Error, OSError): pass # the next look tells more
+            watch.look()
     t = threading.Thread(target=beat, daemon=True)
     WATCHED.append(watch); t.start()
     try: yield watch

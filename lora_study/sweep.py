@@ -146,7 +146,7 @@ def explain(err:Exception) -> tuple: # kind, one line
     one = lambda kind, line: (kind, line.splitlines()[0] + (circumstances(watch) if kind != 'bad_input' else ''))
     if isinstance(err, PapermillExecutionError): return one(KINDS.get(err.ename) or ('out_of_memory' if NO_MEMORY.search(err.evalue) else 'error'), f'{err.ename}: {err.evalue}')
     if isinstance(err, DeadKernelError): return one('kernel_died', f'the kernel {ending(watch)}')
-    if isinstance(err, CellTimeoutError): return one('timeout', str(err))
+    if isinstance(err, CellTimeoutError): return one('timeout', str(err).splitlines()[0].rstrip('.'))
     if isinstance(err, NoKernel): return one('no_kernel', f'no kernel answered in {TRIES} tries: {err}')
     return one('error', f'{type(err).__name__}: {err}')
 

@@ -54,7 +54,7 @@ def test_two_drivers_at_once_run_no_point_twice(study_file):
 @pytest.mark.fault(31)
 def test_a_stopped_driver_leaves_no_process_and_says_how_to_go_on(study_file):
     driver = start('run', study_file)
-    until(lambda: Path('results/tiny/runs').exists() and list(Path('results/tiny/runs').iterdir()))
+    until(lambda: Path('results/tiny/runs').exists() and list(Path('results/tiny/runs').iterdir()), 180)
     time.sleep(3)
     family = psutil.Process(driver.pid).children(recursive=True)
     assert family
