@@ -180,10 +180,9 @@ KILLED = "import time; time.sleep({:.2f})"
 DRIVER = "import sys\nfrom lora_study.config import Study\nfrom lora_study.sweep import sweep\nsweep(Study(name='kills', seeds=list(range(int(sys.argv[2])))), template=sys.argv[1])"
 
 def of(d): # a driver's processes: all, kernels
-    try: family = [psutil.Process(d.pid), *psutil.Process(d.pid).children(recursive=True)] if d.poll() is None else []
+    try: p = psutil.Process(d.pid); near, below = p.children(), p.children(recursive=True)
     except psutil.NoSuchProcess: return [], []
-    parents = {p.pid: p.ppid() for p in family if p.is_running()}
-    return family, [p for p in family[1:] if parents.get(p.pid) != d.pid]
+    return [p, *below], [k for k in below if k not in near]
 
 @pytest.mark.slow
 @pytest.mark.fault(30)
