@@ -20,6 +20,17 @@ def test_the_same_run_twice_gives_the_same_record_to_the_bit(folder):
     assert first.provenance['applied_lora_dropout'] == .1 and first.provenance['applied_trainable_params'] == first.metrics['trainable_params'] # read back from the model
     assert len(first.curves['train']) == 4 and [p['step'] for p in first.curves['validation']] == [0, 2, 4]
 
+@pytest.mark.slow
+@pytest.mark.fault(34)
+def test_fewer_rows_at_a_time_make_the_same_steps_and_are_said(folder):
+    run = sealed(Run(**TINY))
+    whole, parts = (run_point(run, 'a', 'parts', folder/name, micro_batch=m)[0] for name, m in (('one', None), ('two', 5)))
+    assert parts.run_id == whole.run_id == run_id(run) and parts.config == whole.config
+    assert (parts.provenance['micro_batch'], whole.provenance.get('micro_batch')) == (5, None)
+    assert 'out of memory with 16 rows at once' in parts.warnings[-1]
+    losses = lambda rec: [p['loss'] for p in rec.curves['train']]
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-4) and parts.metrics['test_nll'] == pytest.approx(whole.metrics['test_nll'], rel=1e-4)
+
 def linked(page): # the notebooks a page leads to, each once: every number of a run is a link now
     return re.findall(r'^\[\d+\]: (points/\S+\.ipynb)$', page.read_text(), re.M)
 
