@@ -40,7 +40,7 @@ if seed == 5: raise RuntimeError('CUDA error: out of memory')
 @pytest.mark.fault(28, 29, 34)
 def test_what_goes_wrong_in_a_point_is_recorded_and_the_others_go_on(light):
     said, study = [], Study(name='wrong', seeds=[0, 1, 2, 3, 4, 5])
-    attempts = lambda *cells, **how: sweep.sweep(study, say=said.append, template=short_point('point.ipynb', *cells), timeout=8, **how)
+    attempts = lambda *cells, **how: sweep.sweep(study, say=said.append, template=short_point('point.ipynb', *cells), timeout=6, **how)
     assert list(attempts(WRONG, retry_smaller=True).values()) == [True, False, False, True, False, False]
     df = rows('wrong')
     assert df.error_kind.loc[[1, 2, 4, 5]].tolist() == ['kernel_died', 'timeout', 'diverged', 'out_of_memory']
@@ -154,7 +154,7 @@ import os, sys, time
 from pathlib import Path
 tries = Path('tries')
 with tries.open('a') as f: f.write('x')
-do = os.environ['KERNEL_STARTS'].split(',')[len(tries.read_text()) - 1]
+do = dict(enumerate(os.environ['KERNEL_STARTS'].split(','), 1)).get(len(tries.read_text()), 'starts')
 if do == 'dies': sys.exit(3)
 if do == 'hangs': time.sleep(900)
 os.execv(sys.executable, [sys.executable, '-m', 'ipykernel_launcher', *sys.argv[1:]])
@@ -166,15 +166,15 @@ def test_a_kernel_that_does_not_start_is_tried_twice_more_and_costs_its_run_alon
     spec.parent.mkdir(parents=True)
     (folder/'start.py').write_text(SLUGGISH)
     spec.write_text(json.dumps(dict(argv=[sys.executable, str(folder/'start.py'), '-f', '{connection_file}'], display_name='sluggish', language='python')))
-    for k, v in dict(JUPYTER_PATH=str(folder/'jupyter'), LORA_STUDY_WARM='0', KERNEL_STARTS='dies,dies,dies,dies,starts').items(): monkeypatch.setenv(k, v)
+    for k, v in dict(JUPYTER_PATH=str(folder/'jupyter'), LORA_STUDY_WARM='0', KERNEL_STARTS='dies,dies,dies,dies').items(): monkeypatch.setenv(k, v)
     tried = sweep.sweep(Study(name='slow', seeds=[0, 1]), say=silent, template=short_point('point.ipynb'))
     assert list(tried.values()) == [False, True] and Path('tries').read_text() == 'x'*5
     row = rows('slow').loc[0]
     assert row.error_kind == 'no_kernel' and '3 tries' in row.error_message
-    Path('tries').unlink(); monkeypatch.setenv('KERNEL_STARTS', 'hangs,starts')
+    Path('tries').unlink(); monkeypatch.setenv('KERNEL_STARTS', 'hangs')
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('6*7')], metadata=dict(kernelspec=dict(name='python3', display_name='', language='python')))
-    sweep.execute(nb, folder/'out.ipynb', {}, start_timeout=10)
-    assert Path('tries').read_text() == 'xx' and '42' in (folder/'out.ipynb').read_text()
+    sweep.execute(nb, folder/'out.ipynb', {}, start_timeout=5)
+    assert Path('tries').read_text() in ('xx', 'xxx') and '42' in (folder/'out.ipynb').read_text()
 
 KILLED = "import time; time.sleep({:.2f})"
 DRIVER = "import sys\nfrom lora_study.config import Study\nfrom lora_study.sweep import sweep\nsweep(Study(name='kills', seeds=list(range(int(sys.argv[2])))), template=sys.argv[1])"
