@@ -70,7 +70,8 @@ def serve(requests:socket.socket, names=()): # names: of modules, see `import_al
     "The parent's life: import, fork on request, report deaths, and leave with the driver"
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the driver to handle
     import_all(names)
-    requests.sendall(b'r')
+    try: requests.sendall(b'r')
+    except OSError: return # the driver has gone meanwhile
     children = {}
     while True:
         if select.select([requests], [], [], .1)[0]:
@@ -123,6 +124,7 @@ class Parent:
         return Forked(mine)
     def close(self):
         self.requests.close()
+        if not self.ready: self.process.kill() # at its imports still: it has started nothing
         try: self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired: self.process.kill()
 
