@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'StudyFile', 'Results', 'Override', 'Device', 'told', 'overrides', 'existing_db', 'settle_offline',
-           'show_table', 'at_hand', 'plan_size', 'plan', 'progress', 'on_sigterm', 'run', 'report_of', 'study_named',
+           'show_table', 'at_hand', 'plan_size', 'plan', 'progress', 'run_all', 'run', 'report_of', 'study_named',
            'report', 'findings', 'runs', 'show', 'export', 'import_', 'rebuild', 'claims', 'design', 'mirror',
            'recommend', 'compare', 'prepare_data', 'evaluate', 'validate', 'init', 'main']
 
@@ -132,8 +132,8 @@ def plan(file:Annotated[Optional[Path], typer.Argument(help='A study file (YAML)
     show_table(forecast.table(found, price), study.name)
     if parts: show_table(forecast.parts_table(found), 'expected peak')
     typer.echo(forecast.summary(found, device, price))
-    left = sum(r['status'] != 'done' for r in rows)
-    typer.echo(f"{study.name}: {len(rows)} runs, {len(rows)-left} done, {left} to do")
+    done, left = (sum(is_so(r) for r in rows) for is_so in (lambda r: r['status'] == 'done', lambda r: not sweep.settled(r)))
+    typer.echo(f"{study.name}: {len(rows)} runs, {done} done, {f'{stuck} failed (--retry-failed tries again), ' if (stuck := len(rows) - done - left) else ''}{left} to do")
 
 # %% ../nbs/15_cli.ipynb #631f1cb5
 def progress():
@@ -146,10 +146,23 @@ def progress():
     bar.start()
     return lambda line: bar.console.print(line, markup=False, highlight=False), lambda done, of, name: bar.update(task, completed=done, total=of, description=name), bar.stop
 
-# %% ../nbs/15_cli.ipynb #81d96e94
-def on_sigterm(*_):
-    "SIGTERM leaves through the same doors as an error"
-    raise SystemExit(143)
+# %% ../nbs/15_cli.ipynb #53ade337
+def run_all(
+    study, results:Path,
+    workers:str,      # a number, or auto
+    say, step, look,  # of `sweep.sweep` and `workers.drive`
+    device:str, retry_failed:bool, **how,
+) -> dict: # see `sweep.sweep`
+    "What is left of a study, its inputs looked at first"
+    from lora_study import sweep, workers as crew
+    from lora_study.config import expand
+    if sweep.unfinished(study, results, retry_failed):
+        settle_offline([(getattr(r, f), f) for r in expand(study) for f in ('model_name_or_path', 'dataset_name') if not (f == 'dataset_name' and r.dataset_path)])
+        from lora_study.planner import preflight
+        for note in preflight(study, device): say(f'note: {note}')
+    how |= dict(device=device, retry_failed=retry_failed)
+    if workers == '1': return sweep.sweep(study, results, say, step, **how)
+    return crew.drive(study, results, crew.shares(study, results, workers, device, say, retry_failed), say, step, look, **how)
 
 # %% ../nbs/15_cli.ipynb #f0fd2519
 @app.command()
@@ -158,31 +171,32 @@ def run(file:StudyFile, results:Results=Path('results'), set:Override=None, devi
         workers:Annotated[str, typer.Option(help='Runs at a time: a number, or auto: one a GPU, or one a core as far as memory reaches. Costs are measured beside the others then.')]='1',
         timeout:Annotated[Optional[float], typer.Option(help='Seconds a notebook cell may take.')]=None,
         save_steps:Annotated[int, typer.Option(help='Optimizer steps between checkpoints inside a run; 0: none.')]=0,
-        resume:Annotated[str, typer.Option(help='auto; strict: not where code, packages, data or device changed since the checkpoint; inexact: rather from weights alone than from the start.')]='auto'):
-    "Run everything in a study that is not done, then write its report."
-    from lora_study import sweep, workers as crew
-    from lora_study.config import expand, read_study
+        resume:Annotated[str, typer.Option(help='auto; strict: not where code, packages, data or device changed since the checkpoint; inexact: rather from weights alone than from the start.')]='auto',
+        retry_failed:Annotated[bool, typer.Option('--retry-failed', help='Also runs that failed by their own settings: diverged, out of memory, timeout, error. Without it a failure stands.')]=False,
+        retry_smaller:Annotated[bool, typer.Option('--retry-smaller', help='A run out of memory once more, with half its rows at a time: the same steps on the same examples, marked in its record.')]=False):
+    """Run everything in a study that is not done, then write its report.
+
+    Ctrl-C or SIGTERM stops it; the same command goes on. Exit code 0: all runs are done; 1: some failed; 3: there was nothing to do."""
+    from lora_study import processes, sweep, workers as crew
+    from lora_study.config import read_study
     if resume not in ('auto', 'strict', 'inexact'): raise BadInput(f'--resume {resume}: expected auto, strict or inexact')
     study, _ = read_study(file, overrides(set)), crew.how_many(workers, 1, [], None) # a number that is none is told before anything starts
-    signal.signal(signal.SIGTERM, on_sigterm)
-    if workers == '1' or not sys.stdout.isatty(): look, (say, step, stop) = None, progress()
+    if workers == '1' or not sys.stdout.isatty(): look, (say, step, stop) = (lambda standing: None), progress()
     else: say, step, look, stop = crew.on_terminal()
+    how = dict(device=device, timeout=timeout, save_steps=save_steps, resume=resume, retry_failed=retry_failed, retry_smaller=retry_smaller)
     try:
-        if sweep.unfinished(study, results):
-            settle_offline([(getattr(r, f), f) for r in expand(study) for f in ('model_name_or_path', 'dataset_name') if not (f == 'dataset_name' and r.dataset_path)])
-            from lora_study.planner import preflight
-            for note in preflight(study, device): say(f'note: {note}')
-        how = dict(device=device, timeout=timeout, save_steps=save_steps, resume=resume)
-        if workers == '1': tried = sweep.sweep(study, results, say, step, **how)
-        else: tried = crew.drive(study, results, crew.shares(study, results, workers, device, say), say, step, look or (lambda standing: None), **how)
-    except (KeyboardInterrupt, SystemExit) as e: # SystemExit: on_sigterm's
-        stop(); typer.echo(f'stopped; finished runs are kept: go on with `lora-study run {file}`', err=True)
-        raise typer.Exit(getattr(e, 'code', 130)) from None
+        with processes.orderly(): tried = run_all(study, results, workers, say, step, look, **how)
+    except (KeyboardInterrupt, SystemExit) as e:
+        stop(); typer.echo(f'stopped; finished runs are kept{", and those in work up to their last checkpoint" if save_steps else ""}: go on with `lora-study run {file}`', err=True)
+        raise typer.Exit(130 if isinstance(e, KeyboardInterrupt) else e.code) from None
     finally: stop()
-    where = report_of(study, results)
+    where, failed = report_of(study, results), [r for r in sweep.plan(existing_db(results), study) if r['status'] == 'failed']
+    old = [r for r in failed if r['label'] not in tried]
     bad = sum(not ok for ok in tried.values())
-    typer.echo(f'{"nothing left to do" if not tried else f"{len(tried)-bad} runs done, {bad} failed"}\nreport:    {where.with_name("report.html")}, {where.name}\nnotebooks: {where.parent}/points/')
-    raise typer.Exit(1 if bad else 0 if tried else 3)
+    typer.echo(f'{len(tried)-bad} runs done, {bad} failed' if tried else 'nothing left to do')
+    if old: typer.echo(f'{len(old)} failed earlier ({", ".join(sorted({r["error_kind"] for r in old}))}): `lora-study run {file} --retry-failed` tries again')
+    typer.echo(f'report:    {where.with_name("report.html")}, {where.name}\nnotebooks: {where.parent}/points/')
+    raise typer.Exit(1 if failed else 0 if tried else 3)
 
 # %% ../nbs/15_cli.ipynb #dc9b5e37
 def report_of(study, results:Path) -> Path:

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SHAPES', 'PARTS', 'RESUME', 'total_steps', 'warmup', 'parameter_groups', 'make_optimizer',
-           'make_schedule', 'rate_at', 'Loop', 'pack', 'apart', 'as_batch', 'micro_batches', 'Diverged', 'summed_loss',
-           'backward', 'optimizer_step', 'read_validation', 'train_step', 'Progress', 'train', 'sealed_files',
-           'made_with', 'save_checkpoint', 'lacks', 'checkpoints_of', 'load_weights', 'load_checkpoint',
-           'load_weights_alone', 'changed', 'take_up', 'marks', 'read_loop', 'asked_loop', 'check_packed',
-           'check_applied', 'probe_batches', 'probe_run', 'measure_adapter']
+           'make_schedule', 'rate_at', 'Loop', 'pack', 'apart', 'as_batch', 'picks', 'pieces', 'micro_batches',
+           'Diverged', 'Stopped', 'summed_loss', 'backward', 'optimizer_step', 'read_validation', 'train_step',
+           'Progress', 'train', 'sealed_files', 'made_with', 'save_checkpoint', 'lacks', 'checkpoints_of',
+           'load_weights', 'load_checkpoint', 'load_weights_alone', 'changed', 'take_up', 'marks', 'read_loop',
+           'asked_loop', 'check_packed', 'check_applied', 'probe_batches', 'probe_run', 'measure_adapter']
 
 # %% ../nbs/08_train.ipynb #4ea887a8
 import hashlib, json, math, shutil, time
@@ -27,6 +27,7 @@ from .data import batch_at, collate, load_splits, targets
 from .evaluation import evaluate, summarise, token_scores
 from .lora import check_adapted, count_parameters, load_adapter
 from .model import Unapplied, asked_base, demand, load_base, load_tokenizer, pick_device, read_base
+from .processes import can_be_asked, is_asked
 from .profiler import Phases, phase, probe
 from .spectra import adapter_norms
 from .tracker import versions, whole
@@ -92,6 +93,7 @@ class Loop:
     seconds: float = 0.       # spent in them
     resumed_at: int = 0       # the step a checkpoint was taken up at; 0: none
     notes: list = field(default_factory=list) # what a reader of the record should know of the resume
+    micro_batch: int|None = None # rows at a time; None: per_device_train_batch_size
     history: dict = field(default_factory=lambda: dict(train=[], validation=[], adapter=[])) # step, loss, learning_rate; step, nll; step, a_norm, b_norm, update_norm
     def __post_init__(self):
         r = self.run
@@ -137,15 +139,30 @@ def as_batch(loop:Loop, examples:list) -> dict: # tensors, on the CPU
     return pack(examples, loop.pad_id, r.max_length, r.completion_only_loss) if r.packing else collate(examples, loop.pad_id, r.completion_only_loss)
 
 # %% ../nbs/08_train.ipynb #1da66d2f
+def picks(loop:Loop, step:int) -> list: # of lists of examples
+    "The examples of each micro-batch of optimizer step number `step` (from 0)"
+    r = loop.run
+    at = [batch_at(step*r.gradient_accumulation_steps + k, len(loop.examples), r.per_device_train_batch_size, loop.data_seed) for k in range(r.gradient_accumulation_steps)]
+    return [[loop.examples[i] for i in p] for p in at]
+
+# %% ../nbs/08_train.ipynb #ab4776e5
+def pieces(loop:Loop, examples:list) -> list: # batches
+    "One micro-batch, in parts of as many rows as the loop takes at a time"
+    k = loop.micro_batch or len(examples)
+    return [as_batch(loop, examples[i:i+k]) for i in range(0, len(examples), k)]
+
+# %% ../nbs/08_train.ipynb #3558407e
 def micro_batches(loop:Loop, step:int) -> list: # batches, on the CPU
     "What optimizer step number `step` (from 0) trains on"
-    r = loop.run
-    picks = [batch_at(step*r.gradient_accumulation_steps + k, len(loop.examples), r.per_device_train_batch_size, loop.data_seed) for k in range(r.gradient_accumulation_steps)]
-    return [as_batch(loop, [loop.examples[i] for i in p]) for p in picks]
+    return [b for p in picks(loop, step) for b in pieces(loop, p)]
 
 # %% ../nbs/08_train.ipynb #983dd1a3
 class Diverged(ArithmeticError):
     "The loss stopped being a number"
+
+# %% ../nbs/08_train.ipynb #1afce232
+class Stopped(Exception):
+    "The driver is leaving: all that was trained is in a checkpoint"
 
 # %% ../nbs/08_train.ipynb #05829c0e
 def summed_loss(model, batch:dict) -> torch.Tensor: # nats, summed over scored tokens, or over classes
@@ -236,12 +253,18 @@ def train(
     if loop.step == 0:
         torch.manual_seed(loop.run.seed)
         if due(): look()
+    saving = bool(checkpoints and save_steps)
+    def save(): return saving and (loop.step % save_steps == 0 or is_asked(checkpoints))
+    if saving: can_be_asked(checkpoints)
     while loop.step < end:
         with measure('training'):
             train_step(loop); tell(loop)
-            while loop.step < end and not due() and not (save_steps and loop.step % save_steps == 0): train_step(loop); tell(loop)
+            while loop.step < end and not due() and not save(): train_step(loop); tell(loop)
         if due(): look()
-        if checkpoints and save_steps and loop.step % save_steps == 0: save_checkpoint(loop, checkpoints)
+        asked = saving and is_asked(checkpoints)
+        if asked or save(): save_checkpoint(loop, checkpoints)
+        if asked: can_be_asked(checkpoints, False); raise Stopped(f'asked to stop: step {loop.step} of {loop.total} is saved')
+    if saving: can_be_asked(checkpoints, False)
     loop.model.eval()
     return loop
 
@@ -376,7 +399,7 @@ def read_loop(loop:Loop) -> dict: # see `asked_loop`
     one = lambda key: (lambda s: s[0] if len(s) == 1 else str(s))(sorted({g[key] for g in groups}))
     return dict(optim={v: k for k, v in OPTIMIZERS.items()}.get(type(loop.optimizer).__name__), learning_rate=max(slow), lr_ratio=max(fast)/max(slow) if fast else 1.,
                 betas=str(one('betas')), adam_epsilon=one('eps'), weight_decay=float(one('weight_decay')), optimized=len(rate), schedule=' '.join(f'{loop.schedule.lr_lambdas[-1](t):.5f}' for t in times),
-                train_steps_planned=loop.total, data_seed=loop.data_seed, packing='position_ids' in first[0], gradient_accumulation_steps=len(first))
+                train_steps_planned=loop.total, data_seed=loop.data_seed, packing='position_ids' in first[0], gradient_accumulation_steps=len(picks(loop, 0)))
 
 # %% ../nbs/08_train.ipynb #0e49e1f4
 def asked_loop(run:Run, loop:Loop) -> dict: # what `read_loop` should find
@@ -415,13 +438,13 @@ def probe_batches(loop:Loop, timed:int=6) -> list: # of micro-batch lists
     "The longest batch twice, then the run's own first `timed`"
     r = loop.run
     longest = sorted(loop.examples, key=lambda e: len(e.ids), reverse=True)[:r.per_device_train_batch_size]
-    worst = [as_batch(loop, longest)]*r.gradient_accumulation_steps
+    worst = pieces(loop, longest)*r.gradient_accumulation_steps
     return [worst, worst, *(micro_batches(loop, k) for k in range(timed))]
 
 # %% ../nbs/08_train.ipynb #9ba2e3e4
 def probe_run(loop:Loop, timed:int=6) -> dict: # probe_steps, step_s, tok_s
     "Cost of a training step, measured before training and leaving no trace"
-    fresh = Loop(loop.run, loop.model, loop.examples, loop.pad_id)
+    fresh = Loop(loop.run, loop.model, loop.examples, loop.pad_id, micro_batch=loop.micro_batch)
     for group in fresh.optimizer.param_groups: group['lr'] = 0. # the same work, and nothing to diverge
     loop.model.train()
     return probe(lambda b: optimizer_step(fresh, b)[1], probe_batches(loop, timed), loop.params, loop.device)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'BESIDES', 'THREADS', 'GRACE', 'limits', 'usable_cores', 'free_bytes', 'cards', 'fitting', 'how_many',
-           'shares', 'Job', 'check_job', 'work', 'tell', 'leave', 'main', 'Executor', 'Local', 'LocalProcesses',
-           'latest', 'Standing', 'to_go', 'standing', 'drawn', 'on_terminal', 'Crew', 'look_after', 'bury', 'dismiss',
-           'outcome', 'drive', 'plan_seconds']
+           'shares', 'Job', 'check_job', 'work', 'tell', 'main', 'Executor', 'Local', 'LocalProcesses', 'latest',
+           'Standing', 'to_go', 'standing', 'drawn', 'on_terminal', 'Crew', 'look_after', 'bury', 'dismiss', 'outcome',
+           'drive', 'plan_seconds']
 
 # %% ../nbs/51_workers.ipynb #278800d3
 import json, os, signal, socket, subprocess, sys, threading, time
@@ -23,6 +23,7 @@ import lora_study
 from . import sweep, tracker
 from .config import BadInput, Study, expand, run_id
 from .forecast import amount_of, elapsed, forecast, span, totals
+from .processes import orderly
 
 # %% ../nbs/51_workers.ipynb #20bcdad4
 GROUPS = Path('/sys/fs/cgroup')
@@ -97,11 +98,12 @@ def shares(
     asked:str,          # a number, or auto
     device:str='auto',
     say=print,
+    retry_failed:bool=False, # as in `sweep.sweep`
 ) -> list[dict]: # a worker's part of the environment, each; empty: nothing is left to do
     "The machine, divided among workers"
     path = Path(results)/'study.db'
     db = tracker.open_db(path) if path.is_file() else None
-    left = sum(r['status'] != 'done' for r in sweep.plan(db, study))
+    left = sum(not sweep.settled(r, retry_failed) for r in sweep.plan(db, study))
     if not left: return []
     cores, gpus, free = usable_cores(), cards(device), free_bytes()
     fits = fitting(study, db, free) if asked == 'auto' and not gpus else None
@@ -158,19 +160,14 @@ def tell(**what):
     "A line on standard output"
     print(json.dumps(what), flush=True)
 
-# %% ../nbs/51_workers.ipynb #16e45614
-def leave(*_):
-    "SIGTERM leaves through the same doors as an error: the claimed run is given back"
-    raise SystemExit(128 + signal.SIGTERM)
-
 # %% ../nbs/51_workers.ipynb #178ea74c
 def main():
     "A worker as a process: its job is the first line of standard input, and it leaves when that ends"
-    signal.signal(signal.SIGTERM, leave)
-    text = sys.stdin.readline()
-    threading.Thread(target=lambda: os.read(0, 1) or os.kill(os.getpid(), signal.SIGTERM), daemon=True).start() # the parent has gone
-    try: work(text, tell)
-    except BadInput as e: tell(refused=str(e)); raise SystemExit(2) from None
+    with orderly(say=''):
+        text = sys.stdin.readline()
+        threading.Thread(target=lambda: os.read(0, 1) or os.kill(os.getpid(), signal.SIGTERM), daemon=True).start() # the parent has gone
+        try: work(text, tell)
+        except BadInput as e: tell(refused=str(e)); raise SystemExit(2) from None
 
 # %% ../nbs/51_workers.ipynb #7def8b7d
 class Executor(Protocol):
@@ -355,10 +352,10 @@ def dismiss(crew:Crew, grace:float=GRACE): # seconds
             if crew.executor.poll(w) is None: crew.executor.stop(w, at_once=True)
 
 # %% ../nbs/51_workers.ipynb #ea1a2529
-def outcome(db, study:str, todo:dict, before:dict, crew:Crew) -> dict: # label → whether it is done
+def outcome(db, study:str, todo:dict, before:dict, crew:Crew, retry_failed:bool=False) -> dict: # label → whether it is done
     "What became of the runs that were attempted; BadInput when workers refused and something is left"
-    rows = {r['run_id']: r for r in db.execute('select run_id, status, attempt from runs where study=?', (study,)) if r['run_id'] in before}
-    left = [] if crew.through or not crew.jobs else [i for i, r in rows.items() if r['status'] != 'done' and not (r['status'] == 'failed' and r['attempt'] > before[i])]
+    rows = {r['run_id']: r for r in db.execute('select run_id, status, error_kind, attempt from runs where study=?', (study,)) if r['run_id'] in before}
+    left = [] if crew.through or not crew.jobs else [i for i, r in rows.items() if not sweep.settled(r, retry_failed) and not (r['status'] == 'failed' and r['attempt'] > before[i])]
     if left and crew.refused: raise BadInput(crew.refused[0])
     for line in crew.refused: crew.say(f'note: {line}')
     if left: crew.say(f"{len(left)} run{'s are' if len(left) > 1 else ' is'} left, and no worker: give the same command again")
@@ -374,7 +371,7 @@ def drive(
     executor:Executor|None=None,     # None: processes of this machine
     execute:str='lora_study.sweep:execute', # module:function that runs a notebook
     restarts:int=2,                  # times a worker that died is started anew
-    **how,                           # device, timeout, save_steps
+    **how,                           # device, timeout, save_steps, retry_failed, … of `sweep.sweep`
 ) -> dict: # label → whether it is done, for the runs that were attempted
     "Runs everything in a study that is not done, with several workers"
     sweep.read_template() # refuse before anything starts
@@ -393,7 +390,7 @@ def drive(
             last = standing(db, study.name, results, before, crew.owners, max(1, len(crew.alive)), planned)
             look(last); time.sleep(.5)
     finally: dismiss(crew)
-    return outcome(db, study.name, todo, before, crew)
+    return outcome(db, study.name, todo, before, crew, how.get('retry_failed', False))
 
 # %% ../nbs/51_workers.ipynb #5cea57be
 def plan_seconds(study:Study, db) -> float | None: # None: not known

@@ -1,7 +1,7 @@
 "Real kills of real processes: nothing finished is lost, nothing is done twice."
 import json, random, signal, subprocess, sys, time
 from pathlib import Path
-import psutil
+import psutil, pytest
 from conftest import TINY, cli, command
 from lora_study import tracker
 
@@ -21,6 +21,7 @@ def finished_once(db, study, n):
         assert db.execute("select count(*) from scores where run_id=? and which='test'", (row.run_id,)).fetchone()[0] == TINY['test_size']
     return df
 
+@pytest.mark.fault(30)
 def test_a_driver_killed_at_random_moments_finishes_every_run_exactly_once(study_file):
     rng, done_before, busy = random.Random(0), {}, 0
     growing = lambda: list(Path('results/tiny/runs').glob('*/attempt-*/point.ipynb'))
@@ -41,6 +42,7 @@ def test_a_driver_killed_at_random_moments_finishes_every_run_exactly_once(study
     left = [p for p in Path('results').rglob('*') if p.name.startswith(('attempt-', '.')) and not p.name.endswith('.part')]
     assert left == []
 
+@pytest.mark.fault(42)
 def test_two_drivers_at_once_run_no_point_twice(study_file):
     drivers = [start('run', study_file) for _ in range(2)]
     said = [d.communicate(timeout=300)[0] for d in drivers]
@@ -49,9 +51,10 @@ def test_two_drivers_at_once_run_no_point_twice(study_file):
     assert df.attempt.tolist() == [1]*4
     assert sum(s.count(' done in ') for s in said) == 4
 
+@pytest.mark.fault(31)
 def test_a_stopped_driver_leaves_no_process_and_says_how_to_go_on(study_file):
     driver = start('run', study_file)
-    until(lambda: Path('results/tiny/runs').exists() and list(Path('results/tiny/runs').iterdir()))
+    until(lambda: Path('results/tiny/runs').exists() and list(Path('results/tiny/runs').iterdir()), 180)
     time.sleep(3)
     family = psutil.Process(driver.pid).children(recursive=True)
     assert family

@@ -153,6 +153,7 @@ def test_recommend_on_the_command_line(results):
         assert code == 2 and text.startswith('error: ') and len(text.strip().splitlines()) == 1, text
     assert call('recommend', 'nothing', '--results', results)[0] == 2
 
+@pytest.mark.fault(35)
 def test_a_diverged_seed_and_thin_evidence_are_said(tmp_path):
     db = tracker.open_db(tmp_path/'study.db')
     tracker.import_records(db, RECORDS)

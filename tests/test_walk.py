@@ -20,6 +20,17 @@ def test_the_same_run_twice_gives_the_same_record_to_the_bit(folder):
     assert first.provenance['applied_lora_dropout'] == .1 and first.provenance['applied_trainable_params'] == first.metrics['trainable_params'] # read back from the model
     assert len(first.curves['train']) == 4 and [p['step'] for p in first.curves['validation']] == [0, 2, 4]
 
+@pytest.mark.slow
+@pytest.mark.fault(34)
+def test_fewer_rows_at_a_time_make_the_same_steps_and_are_said(folder):
+    run = sealed(Run(**TINY))
+    whole, parts = (run_point(run, 'a', 'parts', folder/name, micro_batch=m)[0] for name, m in (('one', None), ('two', 5)))
+    assert parts.run_id == whole.run_id == run_id(run) and parts.config == whole.config
+    assert (parts.provenance['micro_batch'], whole.provenance.get('micro_batch')) == (5, None)
+    assert 'out of memory with 16 rows at once' in parts.warnings[-1]
+    losses = lambda rec: [p['loss'] for p in rec.curves['train']]
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-4) and parts.metrics['test_nll'] == pytest.approx(whole.metrics['test_nll'], rel=1e-4)
+
 def linked(page): # the notebooks a page leads to, each once: every number of a run is a link now
     return re.findall(r'^\[\d+\]: (points/\S+\.ipynb)$', page.read_text(), re.M)
 
@@ -75,7 +86,7 @@ def test_a_study_ends_in_a_report_whose_numbers_and_links_hold(study_file):
     assert cli('report', study_file, '--set', 'axes={lora_r: [2]}').returncode == 0 # what a study no longer asks for leaves its page and its records
     assert len(linked(page)) == (page.parent/'records.jsonl').read_text().count('\n') == 2
 
-def test_what_failed_is_recorded_and_done_again(study_file):
+def test_what_failed_is_recorded_and_done_again_when_asked(study_file):
     from unittest.mock import patch
     from lora_study import sweep
     study_file.write_text(STUDY.replace('[2, 4]', '[2]').replace('[0, 1]', '[0]'))
@@ -88,7 +99,10 @@ def test_what_failed_is_recorded_and_done_again(study_file):
     assert (study_file.parent/'results'/row.notebook).is_file() and 'failed' in row.notebook
     assert cli('report', study_file).returncode == 0
     assert 'planted' in (study_file.parent/'results/tiny/RESULTS.md').read_text()
-    assert cli('run', study_file).returncode == 0
+    left = cli('run', study_file)
+    assert left.returncode == 1 and '1 failed earlier (error): `lora-study run tiny.yaml --retry-failed` tries again' in left.stdout.replace(f'{study_file.parent}/', '')
+    assert tracker.frame(db, 'tiny').attempt.tolist() == [1]
+    assert cli('run', study_file, '--retry-failed').returncode == 0
     row = tracker.frame(db, 'tiny').iloc[0]
     assert (row.status, row.attempt) == ('done', 2)
     assert not (study_file.parent/'results/tiny/failed').exists() or not list((study_file.parent/'results/tiny/failed').iterdir())
@@ -103,6 +117,7 @@ def test_a_study_may_generate_nothing(study_file):
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'exact match' not in (study_file.parent/'results/tiny/RESULTS.md').read_text().partition('## Methods')[0]
 
+@pytest.mark.fault(35)
 def test_a_run_that_diverges_is_data(study_file):
     study_file.write_text(STUDY.replace('[2, 4]', '[2]').replace('[0, 1]', '[0]') + 'learning_rate: 1e30\n')
     done = cli('run', study_file)
