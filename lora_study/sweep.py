@@ -22,6 +22,7 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import LocalHandler, papermill_io
 from . import tracker
 from .config import BadInput, Run, Study, expand, label, run_id, varied
+from .guards import check_folders, cleaned, within
 from .pages import opened_with, point_page
 from .warm import warmed
 
@@ -101,7 +102,7 @@ def explain(err:Exception) -> tuple: # kind, one line
 # %% ../nbs/10_sweep.ipynb #03c78815
 def run_folder(results, study:str, name:str) -> Path:
     "Where a run keeps what is not published: attempts, checkpoints, and in the end `final/`"
-    return Path(results)/study/'runs'/name
+    return within(Path(results)/study, 'runs', name)
 
 # %% ../nbs/10_sweep.ipynb #548fde60
 def finished(folder:Path, rid:str) -> tracker.Record | None:
@@ -199,7 +200,7 @@ def attempt_run(db, path, study:Study, run:Run, name:str, attempt:int, results, 
             tracker.finish(db, study.name, rec, attempt, publish(folder, rec, results, study.name, name, varied(study)))
     except (KeyboardInterrupt, SystemExit): tracker.release(db, study.name, rid, attempt); raise
     except Exception as e:
-        kind, message = explain(e)
+        kind, message = explain(e); message = cleaned(message)
         tracker.fail(db, study.name, rid, attempt, kind, message, keep_failure(results, study, run, name, attempt, kind))
         say(f'{name} failed ({kind}): {message}')
         return False
@@ -215,7 +216,7 @@ def sweep(
     **how,                 # device, timeout, save_steps of `run_point`
 ) -> dict: # label → whether it is done, for the runs this driver attempted
     "Runs everything in a study that is not done"
-    read_template() # refuse before anything starts
+    read_template(); check_folders(results, study.name) # refuse before anything starts
     path, todo, tried, who = Path(results)/'study.db', labels(study), {}, tracker.owner()
     db = tracker.open_db(path)
     tracker.register(db, study.name, todo)

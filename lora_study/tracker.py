@@ -20,6 +20,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 import lora_study
 from .config import BadInput, Run, run_id
+from .guards import cleaned, exported
 
 # %% ../nbs/07_tracker.ipynb #deeaa745
 class Record(BaseModel):
@@ -38,9 +39,9 @@ class Record(BaseModel):
     ended: str
 
 # %% ../nbs/07_tracker.ipynb #8e9ccaf4
-def write_whole(path, content):
-    "Writes text or bytes so that a reader sees all of it or none"
-    path, data = Path(path), content.encode() if isinstance(content, str) else content
+def write_whole(path, content, as_is:bool=False): # as_is: a user's own data, which nothing is taken out of
+    "Writes text, cleaned of secrets, or bytes so that a reader sees all of it or none"
+    path, data = Path(path), (content if as_is else cleaned(content)).encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     with part.open('wb') as f:
@@ -219,7 +220,7 @@ def fail(db, study:str, rid:str, attempt:int, kind:str, message:str, notebook:st
     "Marks a run failed: a failure is data too"
     with change(db):
         return db.execute("""update runs set status='failed', ended=?, error_kind=?, error_message=?, notebook=?, owner=null, lease=null
-            where study=? and run_id=? and attempt=? and status='running'""", (now(), kind, message[:2000], notebook, study, rid, attempt)).rowcount == 1
+            where study=? and run_id=? and attempt=? and status='running'""", (now(), kind, cleaned(message)[:2000], notebook, study, rid, attempt)).rowcount == 1
 
 # %% ../nbs/07_tracker.ipynb #00fea170
 def release(db, study:str, rid:str, attempt:int):
@@ -308,8 +309,7 @@ def import_records(db, path) -> int: # runs taken in
     n = 0
     for i, line in enumerate(Path(path).read_text(encoding='utf-8').split('\n'), 1):
         if not line: continue
-        try: d = json.loads(line)
-        except json.JSONDecodeError: raise BadInput(f'{path}:{i}: not a whole record: remove the line') from None
+        d = exported(line, f'{path}:{i}')
         with change(db):
             cols = dict(study=d['study'], run_id=d['run_id'], label=d['label'], status=d['status'], attempt=d['attempt'], started=d['started'], ended=d['ended'],
                         error_kind=d['error_kind'], error_message=d['error_message'], notebook=d['notebook'])
