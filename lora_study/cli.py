@@ -6,7 +6,7 @@
 __all__ = ['app', 'StudyFile', 'Results', 'Override', 'Device', 'Trust', 'told', 'overrides', 'existing_db', 'settle_offline',
            'show_table', 'at_hand', 'plan_size', 'plan', 'progress', 'on_sigterm', 'run', 'report_of', 'study_named',
            'report', 'findings', 'runs', 'show', 'export', 'import_', 'claims', 'design', 'mirror', 'recommend',
-           'compare', 'prepare_data', 'evaluate', 'validate', 'init', 'main']
+           'compare', 'prepare_data', 'evaluate', 'validate', 'doctor', 'init', 'main']
 
 # %% ../nbs/15_cli.ipynb #52e932fa
 import functools, json, logging, os, signal, socket, sys, traceback
@@ -422,6 +422,20 @@ def validate(model:Annotated[str, typer.Argument(help='embedded, a folder, or a 
     failed = sum(not v.passed for v in found)
     typer.echo(f'{len(found) - failed} of {len(found)} checks passed')
     raise typer.Exit(1 if failed else 0)
+
+# %% ../nbs/15_cli.ipynb #fd67b566
+@app.command()
+@told
+def doctor(file:Annotated[Optional[Path], typer.Argument(help='A study file (YAML).', show_default=False)]=None, results:Results=Path('results'), device:Device='auto', trust:Trust=False):
+    "Check the environment, and a study's needs: what was found and what to do. Exit code 1 if anything is bad."
+    from lora_study import guards
+    from lora_study.doctor import doctor as examine
+    if trust: os.environ[guards.TRUST] = '1'
+    found = examine(results, file, device)
+    show_table([dict(check=c.name, state=c.state, found=c.found, do=c.do) for c in found])
+    bad, warned = (sum(c.state == s for c in found) for s in ('bad', 'warn'))
+    typer.echo(f'{len(found)} checks: {len(found) - bad - warned} ok, {warned} warnings, {bad} bad')
+    raise typer.Exit(1 if bad else 0)
 
 # %% ../nbs/15_cli.ipynb #c7987c9b
 @app.command()
