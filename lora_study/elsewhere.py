@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 from . import tracker
-from .config import HASHES, BadInput, Loader, Point, Run, check_together, first_problem, label, resolved, run_id
+from .config import HASHES, NAME, BadInput, Loader, Point, Run, check_together, first_problem, label, resolved, run_id
 
 # %% ../nbs/49_elsewhere.ipynb #076a5c60
 ALIASES = dict(r='lora_r', rank='lora_r', alpha='lora_alpha', lr='learning_rate', dropout='lora_dropout', targets='lora_target_modules', target_modules='lora_target_modules', model='model_name_or_path', dataset='dataset_name',

@@ -19,8 +19,8 @@ from .config import BadInput, Name, Run, Study, combinations, expand, first_prob
 SECRET = re.compile(r'(?:^|_)(?:TOKEN|(?:API|ACCESS)?_?KEY|SECRET|PASS(?:WORD|WD|PHRASE)?|CREDENTIALS?)(?:_ID)?$', re.I) # the end of a variable's name
 
 # %% ../nbs/54_guards.ipynb #97af9009
-SHAPES = {r'\bhf_[A-Za-z0-9]{16,}': 'a hub token', r'\bgh[pousr]_[A-Za-z0-9]{20,}': 'a token', r'\bsk-[A-Za-z0-9_-]{20,}': 'a key', r'\bAKIA[A-Z0-9]{16}\b': 'a key',
-          r'(?<=://)[^\s/:@"\'<>\\]{0,80}:[^\s/@"\'<>\\]{1,200}(?=@)': 'a login', r'(?i)(?<=\bbearer )[A-Za-z0-9._~+/-]{16,}': 'a token'} # pattern → what stands in its place
+SHAPES = (('hf_', r'\bhf_[A-Za-z0-9]{16,}', 'a hub token'), ('gh', r'\bgh[pousr]_[A-Za-z0-9]{20,}', 'a token'), ('sk-', r'\bsk-[A-Za-z0-9_-]{20,}', 'a key'), ('AKIA', r'\bAKIA[A-Z0-9]{16}\b', 'a key'),
+          ('://', r'(?<=://)[^\s/:@"\'<>\\]{0,80}:[^\s/@"\'<>\\]{1,200}(?=@)', 'a login'), ('earer ', r'(?<=[Bb]earer )[A-Za-z0-9._~+/-]{16,}', 'a token')) # what has to be there, pattern, what takes its place
 
 # %% ../nbs/54_guards.ipynb #7ac5bd76
 def secrets() -> dict: # name → value
@@ -38,7 +38,7 @@ def scrub(text:str) -> str:
     "A text without secrets"
     for name, secret in sorted(secrets().items(), key=lambda s: -len(s[1])):
         for s in spellings(secret): text = text.replace(s, f'[{name}]') if s in text else text
-    for shape, kind in SHAPES.items(): text = re.sub(shape, f'[{kind}]', text)
+    for part, shape, kind in SHAPES: text = re.sub(shape, f'[{kind}]', text) if part in text else text
     return text
 
 # %% ../nbs/54_guards.ipynb #6332d48b
