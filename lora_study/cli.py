@@ -38,7 +38,7 @@ def told(command):
         try: return command(*args, **kw)
         except BadInput as e:
             if os.environ.get('LORA_STUDY_DEBUG'): raise
-            typer.echo(f"error: {cleaned(' '.join(str(e).split()))}", err=True)
+            typer.echo('error: ' + ''.join(c if c.isprintable() else '\ufffd' for c in cleaned(' '.join(str(e).split()))), err=True) # one line, and nothing a terminal would obey
             raise typer.Exit(2) from None
     return run
 
@@ -78,9 +78,10 @@ def show_table(rows:list, title:str=''):
     if not rows: return
     if sys.stdout.isatty():
         from rich import box, print as draw
+        from rich.markup import escape
         from rich.table import Table
         t = Table(*(k.replace('_', ' ') for k in rows[0]), title=title, box=box.SIMPLE)
-        for r in rows: t.add_row(*map(str, r.values()))
+        for r in rows: t.add_row(*(escape(str(v)) for v in r.values()))
         return draw(t)
     wide = {k: max(len(k), *(len(str(r[k])) for r in rows)) for k in rows[0]}
     for r in ({k: k.replace('_', ' ') for k in rows[0]}, *rows): typer.echo('  '.join(f'{str(v):{wide[k]}}' for k, v in r.items()).rstrip())

@@ -129,6 +129,18 @@ def test_a_fault_of_our_own_is_told_without_tokens(folder): # an exception nobod
 
 # a base's own code, and texts that act
 
+@pytest.mark.fault(66)
+def test_a_terminal_obeys_no_text(folder, monkeypatch, capsys):
+    import sys
+    from lora_study.cli import show_table
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+    show_table([dict(found='[/red] [bold]x [link=http://x]y', do='[no such tag]')])
+    assert '[/red] [bold]x [link=http://x]y' in ' '.join(capsys.readouterr().out.split())
+    sly = '\x1b]0;owned\x07\u202e'
+    (folder/f'a{sly}.yaml').write_text('lora_rank: 8\n')
+    line = refused('run', f'a{sly}.yaml')
+    assert 'expected up to 64' in line and line.isprintable()
+
 OWN = {'configuration_own.py': 'import os\nfrom transformers import LlamaConfig\nopen(os.environ["PLANTED_MARK"], "a").write("config ")\nclass OwnConfig(LlamaConfig): model_type = "own_llama"\n',
        'modeling_own.py': 'import os\nfrom transformers import LlamaForCausalLM\nfrom .configuration_own import OwnConfig\nopen(os.environ["PLANTED_MARK"], "a").write("model ")\nclass OwnModel(LlamaForCausalLM): config_class = OwnConfig\n'}
 SLY = ['<script>alert(1)</script>', '[x](javascript:alert(1))', '{{< include /etc/passwd >}}', '<img src=x onerror=alert(1)>', '```{python}\nopen("harmed", "w")\n```', '=HYPERLINK("http://x")', '\u202eevil | a | b']
