@@ -54,6 +54,27 @@ def test_random_bytes_are_refused_or_read_as_a_study_file(file, raw):
     file.write_bytes(raw)
     one_line(read_study, file)
 
+counts, names = st.sampled_from([1, 2, 3, 7, 64, 4096, 10**9, 2**53 - 1]), st.sampled_from(['embedded', 'gsm8k', 'memorise', 'sing', 'q,v', 'all-linear', 'head', '.*', 'q_proj', 'nope', 'lm_head', 'no/such', '', 'a' * 300])
+allowed = dict(dtype=['float32', 'bfloat16', 'float16'], optim=['adamw_8bit', 'paged_adamw_8bit'], init_lora_weights=['gaussian', 'pissa', 'olora', 'loftq'], bias=['all', 'lora_only'], task_type=['SEQ_CLS'], dataset_format=[*FORMATS],
+               lr_scheduler_type=['cosine', 'inverse_sqrt', 'constant'], layers_to_transform=['first_half', [0], [99], [0, 0], [10**9]], lora_target_modules=['q,v', 'head', '.*', ['lm_head'], ['q_proj', 'q_proj'], '(a+)+b', 'nope'], lora_budget=[1, 5000, 10**12], lora_alpha=['r', '1e-30', 1e308, 1e-320])
+def fitting(field): # values of the right type, sensible or not
+    f = Point.model_fields[field]
+    if field in allowed: return st.sampled_from(allowed[field])
+    return st.booleans() if f.annotation is bool else st.sampled_from([0., .5, 1e-30, 1e300]) if isinstance(f.default, float) else counts if isinstance(f.default, int) else names | counts
+plausible = st.lists(st.sampled_from([k for k in Point.model_fields if not k.endswith('_hash') and k != 'seed']), min_size=1, max_size=3, unique=True).flatmap(lambda ks: st.fixed_dictionaries({k: fitting(k) for k in ks}))
+
+@pytest.mark.slow
+@pytest.mark.fault(8, 9, 13, 22)
+@settings(max_examples=60*MANY, **QUICK)
+@given(plausible)
+def test_a_study_of_plausible_values_can_be_run_or_is_refused_before(file, data):
+    from lora_study.forecast import forecast
+    from lora_study.planner import preflight
+    file.write_text(yaml.safe_dump(dict(train_size=16, validation_size=4, test_size=4) | data))
+    found = one_line(read_study, file)
+    if found is None or one_line(preflight, found, 'cpu') is None: return
+    assert forecast(found, None, ('card', 24 << 30, 'cuda'))
+
 cell = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(st.characters(codec=None), max_size=6), st.just(''), st.sampled_from(['\ud800', '<|end|>', '=1+1', '</s>']))
 cells = st.recursive(cell, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(['role', 'content', 'text', 'from', 'value', 'answer_start', 'a']), x, max_size=3), max_leaves=6)
 columns = st.sampled_from(sorted({c for f in FORMATS.values() for names in f.columns for c in names} | {'split', 'task', 'group'}))
