@@ -48,7 +48,7 @@ READ = [ # what reading the file tells
     case('a huge product', 11, 'axes:\n' + ''.join(f'  {k}: [{", ".join(map(str, range(1, 1000)))}]\n' for k in ('lora_r', 'max_steps', 'max_length', 'eval_steps', 'train_size')), f'{999**5} runs', 'raise max_runs'),
     case('aliases of aliases', 11, BOMB, 'tiny.yaml: it stands for 222,553', 'at most 100,000'),
     case('a value that holds itself', 11, 'axes: &a {lora_r: *a}\n', 'a value holds itself'),
-    case('lists without end', 11, 'a: ' + '['*400 + '\n', 'inside one another'),
+    case('lists without end', 11, 'a: ' + '['*1500 + ']'*1500 + '\n', 'inside one another'),
     case('4 and 8 bits', 13, STUDY + 'load_in_4bit: true\nload_in_8bit: true\n', 'load_in_4bit: true, and load_in_8bit too', 'remove the other'),
     case('for a later version', 15, "lora_study: '99.0'\nnew_argument: 1\n", "tiny.yaml:1: lora_study = '99.0'", 'this is 0.1.0', 'upgrade'),
     case('no version', 15, 'lora_study: 0.2\n' + STUDY, 'lora_study = 0.2', 'in quotes'),
@@ -256,6 +256,6 @@ def test_the_command_itself_ends_in_one_line_and_exit_code_2(study_file): # all 
     said = cli('run', study_file.name)
     assert said.returncode == 2 and said.stdout == '' and said.stderr.startswith('error: tiny.yaml:11: lora_rank') and said.stderr.count('\n') == 1
 
-@pytest.mark.parametrize('text', ['a', 'lora_r=!!int ""', 'lora_r=[' + '['*400, 'lora_r=&a [*a]', 'x=1; import os=2', 'name=../x'])
+@pytest.mark.parametrize('text', ['a', 'lora_r=!!int ""', 'lora_r=' + '['*1500 + ']'*1500, 'lora_r=&a [*a]', 'x=1; import os=2', 'name=../x'])
 def test_an_override_is_checked_like_the_file(text, study_file):
     assert refused('run', study_file.name, '--set', text)
