@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 from . import tracker
-from .config import HASHES, BadInput, Loader, Point, Run, check_together, first_problem, label, resolved, run_id
+from .config import HASHES, NAME, BadInput, Loader, Point, Run, check_together, first_problem, label, resolved, run_id
 
 # %% ../nbs/49_elsewhere.ipynb #076a5c60
 ALIASES = dict(r='lora_r', rank='lora_r', alpha='lora_alpha', lr='learning_rate', dropout='lora_dropout', targets='lora_target_modules', target_modules='lora_target_modules', model='model_name_or_path', dataset='dataset_name',
@@ -80,12 +80,14 @@ def read_table(path) -> tuple: # rows of (Run, metrics or None, extras, line); n
     try: raw = path.read_bytes(); text = raw.decode('utf-8-sig')
     except (OSError, UnicodeDecodeError) as e: raise BadInput(f'{path}: cannot be read as UTF-8 text: {e}') from None
     mark, reader = hashlib.sha256(raw).hexdigest()[:16], csv.DictReader(io.StringIO(text, newline=''), strict=True)
-    if not reader.fieldnames: raise BadInput(f'{path}: empty: expected a header and rows')
-    kinds, rows, seen = column_kinds(list(reader.fieldnames), str(path)), [], {}
+    try: names = list(reader.fieldnames or ())
+    except csv.Error as e: raise BadInput(f'{path}:1: {e}') from None
+    if not names: raise BadInput(f'{path}: empty: expected a header and rows')
+    kinds, rows, seen = column_kinds(names, str(path)), [], {}
     try:
         for cells in reader:
             where = f'{path}:{reader.line_num}'
-            if None in cells or None in cells.values(): raise BadInput(f'{where}: as many cells as the header has are expected: {len(reader.fieldnames)}')
+            if None in cells or None in cells.values(): raise BadInput(f'{where}: as many cells as the header has are expected: {len(names)}')
             run, metrics, extra = read_row(cells, kinds, where, mark)
             if run in seen: raise BadInput(f'{where}: the same configuration and seed as line {seen[run]}: add a seed column')
             seen[run] = reader.line_num; rows.append((run, metrics, extra, reader.line_num))

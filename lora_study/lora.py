@@ -7,8 +7,8 @@ __all__ = ['BITS', 'has', 'by_pattern', 'targeted', 'stack', 'chosen_layers', 'p
            'planned_parameters', 'shapes_of', 'rank_for', 'tied_head', 'check_adapter', 'check_packing', 'check_fits',
            'adapter_config', 'adapter_tensors', 'where', 'asked_adapter', 'add_adapter', 'make_trainable',
            'count_parameters', 'adapter_layers', 'starts_as', 'read_adapter', 'check_adapted', 'base_checksum',
-           'since_start', 'save_adapter', 'save_trained', 'load_adapter', 'dequantized', 'merged', 'scored_logits',
-           'logit_error', 'merge_errors', 'parameter_table', 'not_frozen']
+           'since_start', 'save_adapter', 'save_trained', 'adapter_base', 'load_adapter', 'dequantized', 'merged',
+           'scored_logits', 'logit_error', 'merge_errors', 'parameter_table', 'not_frozen']
 
 # %% ../nbs/03_lora.ipynb #19f6b333
 import inspect, json, math, re
@@ -101,15 +101,15 @@ def planned_parameters(run:Run, model:nn.Module, r:int|None=None) -> int: # r: i
 
 # %% ../nbs/03_lora.ipynb #c9766e45
 @cache
-def shapes_of(name:str, revision:str, content:str, labels:tuple=()) -> nn.Module: # on the meta device; labels: of the classes a head tells apart
+def shapes_of(name:str, revision:str, content:str, labels:tuple=(), trust:bool=False) -> nn.Module: # on the meta device; labels: of the classes a head tells apart; trust: `trust_remote_code`
     "A base's skeleton, built once a process for each content"
-    return skeleton(Run(model_name_or_path=name, model_revision=revision, task_type='SEQ_CLS' if labels else 'CAUSAL_LM'), labels)
+    return skeleton(Run(model_name_or_path=name, model_revision=revision, trust_remote_code=trust, task_type='SEQ_CLS' if labels else 'CAUSAL_LM'), labels)
 
 # %% ../nbs/03_lora.ipynb #a9dc3c42
 def rank_for(point:Point, near:float=.03) -> int: # near: how far from the budget the count may be
     "The rank that gives a placement its budget of trainable parameters"
     name, budget = point.model_name_or_path, point.lora_budget
-    model = shapes_of(name, point.model_revision, content_hash(name, 'model_name_or_path', hub='hub'), labels_of(point))
+    model = shapes_of(name, point.model_revision, content_hash(name, 'model_name_or_path', hub='hub'), labels_of(point), point.trust_remote_code)
     count = lambda r: planned_parameters(point, model, r)
     below = max(1, int((budget - count(0)) // (count(1) - count(0))))
     best = min((below, below + 1), key=lambda r: abs(count(r) - budget))
@@ -292,6 +292,12 @@ def save_trained(model:nn.Module, folder, run:Run) -> int: # bytes on disk
     model.save_pretrained(folder)
     return sum(p.stat().st_size for p in Path(folder).iterdir())
 
+# %% ../nbs/03_lora.ipynb #fb1081c6
+def adapter_base(folder) -> str | None: # as the run that trained it named it
+    "The base a saved adapter says it belongs to"
+    try: return json.loads((Path(folder)/'adapter_config.json').read_text(encoding='utf-8')).get('base_model_name_or_path')
+    except (OSError, ValueError, AttributeError): raise BadInput(f'{folder}: adapter_config.json cannot be read as JSON: expected a PEFT adapter folder') from None
+
 # %% ../nbs/03_lora.ipynb #38514a85
 def load_adapter(
     folder,          # with adapter_config.json and adapter_model.safetensors
@@ -304,7 +310,8 @@ def load_adapter(
     if heads(model): check_classes(model.config, folder)
     try: return PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
     except (RuntimeError, ValueError) as e:
-        raise BadInput(f'{folder}: does not fit the base: {" ".join(str(e).split())[:200]}: name the base it was trained on') from None
+        made, named = adapter_base(folder), model.name_or_path
+        raise BadInput(f'{folder}: does not fit the base {named!r}: it was trained on {made!r}: {" ".join(str(e).split())[:200]}: name that base') from None
 
 # %% ../nbs/03_lora.ipynb #f041c005
 import torch.nn.functional as F

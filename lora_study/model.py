@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'pick_device', 'pick_dtype', 'base_dtype', 'check_device', '
            'facts', 'weight_bytes', 'state_tensors', 'Unapplied', 'demand', 'quantized_as', 'read_base', 'asked_base']
 
 # %% ../nbs/02_model.ipynb #810c6db4
-import math, re
+import importlib.util, math, re
 from dataclasses import dataclass
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.pytorch_utils import Conv1D
 from .classify import check_missing, exact_heads, head_config, heads, labels_of
 from .config import BadInput, Run, local_path
+from .guards import check_trust
 
 # %% ../nbs/02_model.ipynb #97ace639
 def pick_device(device:str='auto') -> torch.device:
@@ -39,6 +40,8 @@ def base_dtype(run:Run, device:torch.device) -> torch.dtype:
 # %% ../nbs/02_model.ipynb #9152834c
 def check_device(run:Run, device:torch.device):
     "Raises BadInput for what a device cannot do"
+    bits = next((f'{f} = {getattr(run, f)!r}' for f in ('load_in_4bit', 'load_in_8bit', 'optim') if getattr(run, f) not in (False, 'adamw_torch')), None)
+    if bits and importlib.util.find_spec('bitsandbytes') is None: raise BadInput(f'{bits}: needs bitsandbytes, which is not installed: pip install bitsandbytes, or remove it')
     if device.type == 'cuda': return
     if run.optim.startswith('paged'): raise BadInput(f'optim = {run.optim!r}: pages between the memories of a GPU and its host, and the device is {device}: use {"adamw_8bit" if "8bit" in run.optim else "adamw_torch"}')
     if run.use_peft and run.init_lora_weights == 'loftq': raise BadInput(f"init_lora_weights = 'loftq': PEFT computes it on CUDA, and the device is {device}: use pissa")
@@ -46,13 +49,15 @@ def check_device(run:Run, device:torch.device):
 # %% ../nbs/02_model.ipynb #bbb8112f
 def source(run:Run) -> tuple: # what from_pretrained gets: name or path, keyword arguments
     "Where a run's base comes from"
-    path = local_path(run.model_name_or_path)
-    return (str(path), dict(trust_remote_code=False)) if path else (run.model_name_or_path, dict(revision=run.model_revision, trust_remote_code=False))
+    check_trust(run.trust_remote_code)
+    path, trust = local_path(run.model_name_or_path), dict(trust_remote_code=run.trust_remote_code)
+    return (str(path), trust) if path else (run.model_name_or_path, dict(revision=run.model_revision) | trust)
 
 # %% ../nbs/02_model.ipynb #cc512d6d
 def refused(run:Run, err:Exception) -> BadInput:
     "Why a base could not be loaded, in one line"
-    hint = ('check the folder: it needs config.json, a tokenizer and whole *.safetensors files' if local_path(run.model_name_or_path)
+    own = 'trust_remote_code' in str(err)
+    hint = ('read that code first; then set trust_remote_code: true and pass --trust-remote-code' if own else 'check the folder: it needs config.json, a tokenizer and whole *.safetensors files' if local_path(run.model_name_or_path)
             else 'go online or download it first, or name a local folder')
     return BadInput(f'model_name_or_path = {run.model_name_or_path!r}: {type(err).__name__}: {" ".join(str(err).split())[:200]}: {hint}')
 
@@ -115,7 +120,7 @@ def skeleton(
     labels = labels or labels_of(run)
     try:
         config = AutoConfig.from_pretrained(where, **kw | (head_config(labels) if head else {}))
-        with torch.device('meta'): return (AutoModelForSequenceClassification if head else AutoModelForCausalLM).from_config(config)
+        with torch.device('meta'): return (AutoModelForSequenceClassification if head else AutoModelForCausalLM).from_config(config, trust_remote_code=run.trust_remote_code)
     except Exception as e: raise refused(run, e) from None
 
 # %% ../nbs/02_model.ipynb #30e04908

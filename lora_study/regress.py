@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from . import evidence, tracker
 from .config import HASHES, BadInput, Run
+from .guards import exported, read_utf8
 from .evidence import BY_EXAMPLE, Evidence, checked, factors_of, higher_is_better, repetition, scores, setting_name, shown, values
 from .report import amount, as_text, md_table, peak_column
 from .stats import holm, numbers, p_value, sources, students, t_interval
@@ -29,12 +30,11 @@ def records(
     path = Path(what)
     path = path/'records.jsonl' if (path/'records.jsonl').is_file() else path
     if path.suffix == '.jsonl' and not path.is_file(): raise BadInput(f'{what}: no such file')
-    text = path.read_text(encoding='utf-8') if path.is_file() else tracker.export_study(db, what) if db is not None else ''
+    text = read_utf8(path) if path.is_file() else tracker.export_study(db, what) if db is not None else ''
     if not text.strip(): raise BadInput(f'{what}: no finished run: expected the name of a study in the database, or a records.jsonl')
     out = []
     for i, line in enumerate(filter(None, text.split('\n')), 1):
-        try: d = json.loads(line); d['config'], d['run_id'], d['metrics'], d['scores']
-        except (json.JSONDecodeError, KeyError, TypeError): raise BadInput(f'{what}:{i}: not a record of a run: expected a line of `lora-study export`') from None
+        d = exported(line, f'{what}:{i}')
         out.append(d | dict(config={k: f.default for k, f in Run.model_fields.items()} | d['config']))
     return out
 

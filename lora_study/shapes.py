@@ -140,15 +140,17 @@ def config_of(name:str, revision:str='main') -> dict | None: # None: not to be h
         if known := None if isinstance(found, str) else preset(name): return presets()[known]
         try: folder = Path(found if isinstance(found, str) else hf_hub_download(name, 'config.json', revision=revision)).parent
         except Exception: return None # offline, refused or not there
-    try: return json.loads((folder/'config.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise BadInput(f'model_name_or_path = {name!r}: config.json: {type(e).__name__}: {str(e)[:100]}: expected a model folder') from None
+    try: return dict(json.loads((folder/'config.json').read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError) as e: raise BadInput(f'model_name_or_path = {name!r}: config.json: {type(e).__name__}: {str(e)[:100]}: expected a model folder') from None
 
 # %% ../nbs/34_shapes.ipynb #6fb8def1
 def shape_of(run:Run) -> Shape:
     "The shape of a run's base"
     config = config_of(run.model_name_or_path, run.model_revision)
     if config is None: raise nearest(run.model_name_or_path, list(presets()), 'model_name_or_path')
-    if config.get('model_type') in FAMILIES: return shape(config)
+    if config.get('model_type') in FAMILIES:
+        try: return shape(config)
+        except (KeyError, TypeError, ZeroDivisionError) as e: raise BadInput(f'model_name_or_path = {run.model_name_or_path!r}: config.json: {type(e).__name__}: {str(e)[:80]}: it lacks a size, or gives one that is no number: download it again') from None
     from lora_study.model import skeleton
     return built_shape(skeleton(run))
 

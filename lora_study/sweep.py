@@ -24,6 +24,7 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import LocalHandler, papermill_io
 from . import tracker
 from .config import BadInput, Run, Study, expand, label, run_id, varied
+from .guards import check_folders, cleaned, within
 from .pages import opened_with, point_page
 from .processes import ADVICE, Watch, can_be_asked, circumstances, ending, reap, watched
 from .warm import warmed
@@ -154,7 +155,7 @@ def explain(err:Exception) -> tuple: # kind, one line
 # %% ../nbs/10_sweep.ipynb #03c78815
 def run_folder(results, study:str, name:str) -> Path:
     "Where a run keeps what is not published: attempts, checkpoints, and in the end `final/`"
-    return Path(results)/study/'runs'/name
+    return within(Path(results)/study, 'runs', name)
 
 # %% ../nbs/10_sweep.ipynb #548fde60
 def finished(folder:Path, rid:str) -> tracker.Record | None:
@@ -274,7 +275,7 @@ def attempt_run(db, path, study:Study, run:Run, name:str, attempt:int, results, 
     except (KeyboardInterrupt, SystemExit): tracker.release(db, study.name, rid, attempt); raise
     except tracker.Busy: raise # what the attempt left is whole: the next driver takes it in
     except Exception as e:
-        kind, message = explain(e)
+        kind, message = explain(e); message = cleaned(message)
         if kind == 'disk_full': make_room(run_folder(results, study.name, name)/f'attempt-{attempt}')
         kept = keep_failure(results, study, run, name, attempt, kind)
         if kind == 'out_of_memory' and retry_smaller and run.per_device_train_batch_size > 1:
@@ -300,7 +301,7 @@ def sweep(
     **how,                 # device, timeout, save_steps, resume, execute, template of `run_point`, retry_smaller of `attempt_run`
 ) -> dict: # label → whether it is done, for the runs this driver attempted
     "Runs everything in a study that is not settled"
-    read_template(how.get('template')); check_kernel() # refuse before anything starts
+    read_template(how.get('template')); check_kernel(); check_folders(results, study.name) # refuse before anything starts
     path, todo, tried, who = Path(results)/'study.db', labels(study), {}, tracker.owner()
     db = tracker.open_db(path)
     tracker.check_whole(db); tracker.check_writable(Path(results)/study.name)

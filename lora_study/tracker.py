@@ -22,6 +22,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 import lora_study
 from .config import BadInput, Run, run_id
+from .guards import cleaned, exported
 
 # %% ../nbs/07_tracker.ipynb #deeaa745
 class Record(BaseModel):
@@ -79,10 +80,10 @@ def whole(path): # a file or a folder that is not there yet
         raise
 
 # %% ../nbs/07_tracker.ipynb #8e9ccaf4
-def write_whole(path, content):
-    "Writes text or bytes so that a reader sees all of it or none"
+def write_whole(path, content, as_is:bool=False): # as_is: a user's own data, which nothing is taken out of
+    "Writes text, cleaned of secrets, or bytes so that a reader sees all of it or none"
     with whole(path) as part, part.open('wb') as f:
-        f.write(content.encode() if isinstance(content, str) else content); f.flush(); os.fsync(f.fileno())
+        f.write((content if as_is else cleaned(content)).encode() if isinstance(content, str) else content); f.flush(); os.fsync(f.fileno())
 
 # %% ../nbs/07_tracker.ipynb #b1f92fb2
 def read_record(path) -> Record | None: # None: not there, or not whole
@@ -346,7 +347,7 @@ def fail(db, study:str, rid:str, attempt:int, kind:str, message:str, notebook:st
     "Marks a run failed: a failure is data too"
     with change(db):
         return db.execute("""update runs set status='failed', ended=?, error_kind=?, error_message=?, notebook=?, owner=null, lease=null
-            where study=? and run_id=? and attempt=? and status='running'""", (now(), kind, message[:2000], notebook, study, rid, attempt)).rowcount == 1
+            where study=? and run_id=? and attempt=? and status='running'""", (now(), kind, cleaned(message)[:2000], notebook, study, rid, attempt)).rowcount == 1
 
 # %% ../nbs/07_tracker.ipynb #00fea170
 def release(db, study:str, rid:str, attempt:int):
@@ -452,9 +453,10 @@ def import_records(
     "Rebuilds rows from a records.jsonl; runs the database already has are left alone"
     n = 0
     for i, line in enumerate(Path(path).read_bytes().split(b'\n'), 1):
-        try: n += bool(line) and import_record(db, json.loads(line))
-        except BadInput: raise
-        except (ValueError, LookupError, TypeError, AttributeError, sqlite3.IntegrityError, sqlite3.ProgrammingError):
-            if not bad: raise BadInput(f'{path}:{i}: not a whole record: remove the line') from None
-            bad(f'{path}:{i}: not a whole record: left out')
+        if not line: continue
+        try: d = exported(line.decode('utf-8', 'surrogateescape'), f'{path}:{i}')
+        except BadInput:
+            if not bad: raise
+            bad(f'{path}:{i}: not a whole record: left out'); continue
+        n += import_record(db, d)
     return n

@@ -1,5 +1,5 @@
 "What validation finds, what a point says of its adapter, and what mirrors may not do."
-import importlib.util, json, struct, types
+import importlib.util, json, struct, sys, types
 from contextlib import contextmanager
 from pathlib import Path
 import pytest
@@ -96,6 +96,7 @@ def test_the_command_prints_a_line_a_check_and_fails_with_any(monkeypatch):
     assert bad.exit_code == 1 and 'FAIL  trainable parameters follow the formula' in bad.output and '192' in bad.output and '1 of 2 checks passed' in bad.output
     assert CliRunner().invoke(app, ['validate', 'no/such/folder.txt', '--device', 'cpu']).exit_code == 2
 
+@pytest.mark.fault(60)
 def test_the_drivers_counter_becomes_joules(monkeypatch): # the package asks a driver that is not here: its answers are given, the arithmetic is ours
     from lora_study import profiler
     energy, busy = iter([1_000., 4_500., 10_000., 10_500.]), iter([40, 80] + [60]*100)
@@ -125,6 +126,16 @@ def test_a_point_on_an_int8_base_says_what_its_adapter_is_and_costs(tmp_path):
     assert all({'r90', 'intruders', 'amplification'} <= r.keys() and r['r90'] <= r['rank'] for r in rec.adapter)
     assert not any('energy' in k for k in m) or torch.cuda.is_available()
 
+@pytest.mark.fault(60)
+def test_without_a_card_or_its_library_telemetry_is_blank(monkeypatch):
+    from lora_study import profiler
+    monkeypatch.setitem(sys.modules, 'pynvml', None) # not installed
+    for device in (torch.device('cpu'), torch.device('cuda')):
+        assert profiler.nvml_device(device) is None or torch.cuda.is_available()
+    phases = profiler.Phases(torch.device('cpu'))
+    with profiler.phase(phases, 'probe'): pass
+    assert not any('energy' in k or 'gpu' in k for k in phases.metrics) and phases.metrics['probe_s'] >= 0
+
 @pytest.fixture(scope='module')
 def record(): # of a run that could be anyone's: three curves, one layer
     from lora_study.tracker import Record
@@ -134,6 +145,7 @@ def record(): # of a run that could be anyone's: three curves, one layer
                   adapter=[dict(module='layers.0.q_proj', norm=.5, entropy_rank=3., r90=2, rank=8)], scores=dict(test=[]), started='2026-01-01T00:00:00+00:00', ended='2026-01-01T00:01:00+00:00')
 
 @pytest.mark.parametrize('where', ['start', 'log', 'finish'])
+@pytest.mark.fault(56)
 def test_a_mirror_that_fails_is_a_warning_and_no_more(record, where):
     from lora_study import trackers
     def fail(*args, **kw): raise OSError('disk full')

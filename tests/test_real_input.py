@@ -1,5 +1,6 @@
 "Real models and data beside the project, through the same commands."
 import json
+import pytest
 from conftest import ROOT, cli, shared
 from lora_study import tracker
 from lora_study.config import Run
@@ -44,8 +45,8 @@ def test_prepared_data_is_the_data(folder):
     a, b = load_splits(Run(dataset_name=str(path), **sizes)), load_splits(Run(dataset_name='e2e.jsonl', **sizes))
     for s in ('train', 'validation', 'test'): assert {r['prompt'] + r['completion'] for r in getattr(a, s)} == {r['prompt'] + r['completion'] for r in getattr(b, s)}
 
+@pytest.mark.fault(16)
 def test_the_hub_door_reads_a_dataset_and_offline_says_so_in_one_line(folder):
-    import pytest
     from lora_study.config import BadInput
     from lora_study.data import pairs, read_hub
     (folder/'data').mkdir()

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from conftest import TINY, cli, shared
 from lora_study.catalogue import CATALOGUE, NO_ANSWER
-from lora_study.config import BadInput, Run, read_study, sealed
+from lora_study.config import BadInput, Run, read_study, run_id, sealed
 from lora_study.data import encode, load_splits, targets
 from lora_study.scores import corpus_scores, judge
 
@@ -205,6 +205,7 @@ def pets(folder): # a task file of our own, and documents the embedded base can 
     (folder/'pets.yaml').write_text(PETS)
     return rows
 
+@pytest.mark.fault(58, 59)
 def test_the_harness_and_our_labels_agree_on_base_and_adapter(folder):
     pytest.importorskip('lm_eval', reason='the extra eval is not installed')
     import torch
@@ -220,12 +221,55 @@ def test_the_harness_and_our_labels_agree_on_base_and_adapter(folder):
         if adapted: model = make_trainable(model, run); train(Loop(run, model, examples, tokenizer.pad_token_id))
         state = torch.get_rng_state()
         metrics, notes = harness(model, tokenizer, ['pets.yaml'])
-        assert notes == [] and metrics == dict(lm_eval_pets_acc=summarise(evaluate(model, tokenizer, examples))['accuracy'])
+        assert notes == [] and list(metrics.values()) == [summarise(evaluate(model, tokenizer, examples))['accuracy']] and list(metrics)[0].startswith('lm_eval_pets_acc_v')
         assert torch.equal(state, torch.get_rng_state())
-    assert list(harness(model, tokenizer, ['pets.yaml'], limit=2)[0]) == ['lm_eval_pets_acc_first2']
+    assert list(harness(model, tokenizer, ['pets.yaml'], limit=2)[0])[0].startswith('lm_eval_pets_acc_first2_v')
     (folder/'pets.jsonl').write_text('not json')
     metrics, notes = harness(model, tokenizer, ['pets.yaml'], limit=3)
     assert metrics == {} and len(notes) == 1 and 'missing from the run' in notes[0]
+
+def harness_stub(monkeypatch, result): # the harness's place, where it is not installed: what stands in it gives `result` or raises it
+    import sys, types
+    from lora_study import harness as room
+    def simple_evaluate(*a, **kw):
+        if isinstance(result, Exception): raise result
+        return dict(results=result)
+    class TaskManager:
+        all_tasks = ['pets']
+        def __init__(self, **kw): pass
+    kinds = {'lm_eval': dict(simple_evaluate=simple_evaluate), 'lm_eval.tasks': dict(TaskManager=TaskManager), 'lm_eval.models': {}, 'lm_eval.models.huggingface': dict(HFLM=lambda **kw: None)}
+    for name, holds in kinds.items():
+        m = types.ModuleType(name); m.__dict__.update(holds); monkeypatch.setitem(sys.modules, name, m)
+    monkeypatch.setattr(room, 'installed', lambda name: '0.4.13')
+    return room.harness
+
+@pytest.mark.fault(58)
+@pytest.mark.parametrize('result', [RuntimeError('out of documents'), MemoryError(), {}, {'pets': {'acc,none': float('nan'), 'acc_stderr,none': .1}}, {'pets': {}}])
+def test_a_benchmark_that_fails_takes_nothing_with_it(folder, monkeypatch, result):
+    pets(folder)
+    metrics, notes = harness_stub(monkeypatch, result)(None, None, ['pets.yaml'])
+    assert metrics == {} and len(notes) == isinstance(result, Exception) and all('missing from the run' in n for n in notes)
+
+@pytest.mark.fault(59)
+def test_a_limit_or_another_version_of_the_harness_is_another_metric(folder, monkeypatch):
+    from lora_study import harness as room
+    pets(folder)
+    ask = harness_stub(monkeypatch, {'pets': {'acc,none': .5}})
+    names = [*ask(None, None, ['pets.yaml'])[0], *ask(None, None, ['pets.yaml'], limit=2)[0]]
+    monkeypatch.setattr(room, 'installed', lambda name: '0.4.9')
+    names += ask(None, None, ['pets.yaml'])[0]
+    assert names == ['lm_eval_pets_acc_v0_4_13', 'lm_eval_pets_acc_first2_v0_4_13', 'lm_eval_pets_acc_v0_4_9']
+    assert len({run_id(Run(lm_eval_tasks=['a'], lm_eval_limit=n)) for n in (None, 2, 3)}) == 3 # and another run
+
+@pytest.mark.fault(61)
+def test_a_task_file_that_brings_code_needs_the_flag(folder, monkeypatch):
+    from lora_study.guards import TRUST
+    pets(folder)
+    (folder/'pets.yaml').write_text(PETS + 'process_results: !function harm.go\n')
+    ask = harness_stub(monkeypatch, {'pets': {'acc,none': .5}})
+    with pytest.raises(BadInput, match='!function.*--trust-remote-code'): ask(None, None, ['pets.yaml'])
+    monkeypatch.setenv(TRUST, '1')
+    assert ask(None, None, ['pets.yaml'])[1] == []
 
 def test_without_the_package_one_line_says_what_to_install(folder, monkeypatch):
     import sys
@@ -235,7 +279,6 @@ def test_without_the_package_one_line_says_what_to_install(folder, monkeypatch):
     with pytest.raises(BadInput, match='lora_study.eval.'): find_tasks(['pets.yaml'])
 
 def test_a_task_files_content_is_part_of_a_runs_id(folder):
-    from lora_study.config import run_id
     pets(folder)
     ids = {run_id(sealed(Run())), run_id(sealed(Run(lm_eval_tasks=['pets.yaml']))), run_id(sealed(Run(lm_eval_tasks=['arc_easy'])))}
     (folder/'two').mkdir(); (folder/'two/pets.yaml').write_text(PETS + 'num_fewshot: 2\n')
@@ -254,6 +297,7 @@ def refused_study(name, folder):
     return folder/'s.yaml', REFUSED[name][1]
 
 @pytest.mark.parametrize('name', REFUSED)
+@pytest.mark.fault(16, 20, 25)
 def test_data_that_cannot_be_used_is_refused_before_any_run(name, folder):
     from lora_study.planner import preflight
     path, part = refused_study(name, folder)
