@@ -36,7 +36,7 @@ def pair(m:nn.Module) -> Pair | None: # None: no adapter on it
     "The matrices of one of PEFT's layers"
     if hasattr(m, 'lora_A'): return Pair(m.lora_A['default'].weight, m.lora_B['default'].weight, m.scaling['default'])
 
-# %% ../nbs/55_fast.ipynb #874d2226
+# %% ../nbs/55_fast.ipynb #06d555aa
 def frozen_weight(
     m:nn.Module, # nn.Linear, Conv1D, or one of bitsandbytes'
     dtype:torch.dtype,
@@ -44,6 +44,7 @@ def frozen_weight(
     "The weights of a base's layer, out of their quantization if need be"
     if isinstance(m, Conv1D): return m.weight.data.T
     if not quantized_as(m): return m.weight.data
+    if quantized_as(m) == 'int8': return m.weight.data.to(dtype)*((m.weight.SCB if m.state.SCB is None else m.state.SCB)[:, None]/127).to(dtype)
     from peft.utils.integrations import dequantize_module_weight
     return dequantize_module_weight(m).data.to(dtype)
 
@@ -370,7 +371,7 @@ class Flat:
 # %% ../nbs/55_fast.ipynb #b80100db
 FLAT = ('LlamaForCausalLM', 'MistralForCausalLM', 'Qwen2ForCausalLM') # decoders whose layers are `Block`s
 
-# %% ../nbs/55_fast.ipynb #a85e2adb
+# %% ../nbs/55_fast.ipynb #c77f865e
 def not_flat(run:Run, model:nn.Module) -> str | None: # None: nothing speaks against `Flat`
     "Why a model does not take the flat path"
     base, layers = model.get_base_model(), adapter_layers(model)
@@ -386,7 +387,7 @@ def not_flat(run:Run, model:nn.Module) -> str | None: # None: nothing speaks aga
              'a sliding window': window is not None and window < run.max_length,
              f'dtype {model.dtype}': model.dtype not in (torch.float32, torch.bfloat16),
              'weights on several devices': len(places) > 1,
-             'load_in_8bit on CUDA': 'int8' in kinds and any(p.type == 'cuda' for p in places)}
+             'load_in_8bit': 'int8' in kinds} # its products round the tokens too, and depend on those beside them
     return next((why for why, holds in rules.items() if holds), None)
 
 # %% ../nbs/55_fast.ipynb #9e4daee8

@@ -103,7 +103,7 @@ def train_packed(
     for l in pack.loops: l.model.eval()
     return pack
 
-# %% ../nbs/56_packed.ipynb #e1fbcb95
+# %% ../nbs/56_packed.ipynb #ee3eba4a
 def gain(
     base:nn.Module, # a Llama
     runs:list,      # of Run; all of one kind, for the comparison to mean something
@@ -115,7 +115,7 @@ def gain(
     from lora_study.data import Example
     g = torch.Generator().manual_seed(0)
     ids = lambda: torch.randint(base.config.vocab_size, (length,), generator=g).tolist()
-    rows = [[Example(ids(), length//4, length) for _ in range(r.per_device_train_batch_size)] for r in runs]
+    rows = [[Example('', '', '', ids(), length//4, 1, i) for i in range(r.per_device_train_batch_size)] for r in runs]
     together = pack_runs(runs, base, rows, 0)
     apart, times = [pack_runs([r], base, [e], 0) for r, e in zip(runs, rows)], dict(together=[], apart=[])
     for k in range(rounds + 1):

