@@ -3,22 +3,21 @@
     python benchmarks/step_speed.py [--shapes S5 S17] [--rounds 5] [--steps 4] [--dataset FILE] [--trl]   # prints a table, writes benchmarks/step_speed.json
 
 Each way lives in a process of its own, on one thread, and they take turns: a round is `steps` optimizer steps of each, in an order that rotates. Medians over all steps after the first of a round; ratios are of
-medians. Processor seconds are what to read on a machine that does something else too. Peak memory is that of the process during its steps, less what it held before them. Rows are
+medians. Processor seconds are what to read on a machine that does something else too. Peak memory is that of the process, less what it held when all was imported and no model made. Rows are
 full (every row 256 tokens) and uneven (lengths of FILE's rows, or drawn so that padding is 1.7 times the tokens). --trl fetches TRL, without its dependencies, into a folder of its own under ~/.cache/lora_study.
 """
 import argparse, json, os, random, subprocess, sys, tempfile, time
 from pathlib import Path
 from statistics import median
 
-SHAPES = dict(S5=dict(vocab_size=2048, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8),
+SHAPES = dict(S5=dict(vocab_size=2048, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4),
               S17=dict(vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=9, num_attention_heads=6, num_key_value_heads=6))
 WAYS = dict(fast_bf16='lora_study, engine fast, base in bfloat16', fast_fp32='lora_study, engine fast, float32', plain_bf16='lora_study, engine peft, base in bfloat16', full_bf16='lora_study, the whole base, bfloat16',
             trainer_fp32='Trainer + PEFT, float32', trainer_bf16='Trainer + PEFT, bf16=True', trl='TRL SFTTrainer, its defaults')
 BATCH, LENGTH, RANK, TRL = 8, 256, 16, Path('~/.cache/lora_study/trl').expanduser()
 
-def peak_bytes(reset:bool=False) -> int:
-    "Peak of resident memory since the last reset; what is resident, right after one"
-    if reset: Path('/proc/self/clear_refs').write_text('5')
+def peak_bytes() -> int:
+    "Peak of resident memory so far"
     return 1024*int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])
 
 # --- a process that takes steps when told to
@@ -80,10 +79,14 @@ def worker(way:str, shape:str, file:str):
     import torch
     torch.set_num_threads(1)
     rows, clock = json.loads(Path(file).read_text()), lambda: (time.perf_counter(), time.process_time())
-    going = None if way.startswith('tr') else ours(way, shape, rows)
+    import peft, transformers.models.llama.modeling_llama
+    if way == 'trl': import trl
+    elif way.startswith('trainer'): from transformers import Trainer
+    else: import lora_study.train
+    held, going = peak_bytes(), None if way.startswith('tr') else ours(way, shape, rows)
     if going: next(going)
     for line in sys.stdin:
-        times, held, start = [], peak_bytes(reset=True), None
+        times, start = [], None
         def note(begins):
             nonlocal start
             if begins: start = clock()

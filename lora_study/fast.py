@@ -192,7 +192,7 @@ class Reading(torch.autograd.Function):
         dn, grads = unproject(block.qkv, dy, n, hs, block.pairs['qkv'], step.spans, need)
         return unnormed(dn, x, inv, block.norms[0], dx) if need else None, None, None, *grads
 
-# %% ../nbs/55_fast.ipynb #822b3361
+# %% ../nbs/55_fast.ipynb #e81b39c2
 class Writing(torch.autograd.Function):
     "Attention's output and the feed-forward, each added to the stream"
     @staticmethod
@@ -213,13 +213,13 @@ class Writing(torch.autograd.Function):
         s, (dg, du) = F.silu(g), dgu.chunk(2, -1)
         dm, down = unproject(block.down, dout, s*u, hs[2*k:], block.pairs['down'], spans)
         torch.mul(dm, s, out=du)
-        dg.copy_(torch.ops.aten.silu_backward(dm.mul_(u), g))
+        torch.ops.aten.silu_backward.grad_input(dm.mul_(u), g, grad_input=dg)
         dn, gate = unproject(block.gu, dgu, n, hs[k:2*k], block.pairs['gu'], spans)
-        dx = unnormed(dn, x, inv, block.norms[1], dout.clone())
+        dx = unnormed(dn, x, inv, block.norms[1], dout) # made by this file, and used up
         da, o = unproject(block.o, dx, a, hs[:k], block.pairs['o'], spans)
         return dx, da, None, None, *o, *gate, *down
 
-# %% ../nbs/55_fast.ipynb #f16a909f
+# %% ../nbs/55_fast.ipynb #0398da0e
 class Attention(torch.autograd.Function):
     "Causal attention within each example, one after the other"
     @staticmethod
@@ -234,13 +234,16 @@ class Attention(torch.autograd.Function):
         return out
     @staticmethod
     def backward(ctx, dout):
-        (y, out, *sums), block, grads = ctx.saved_tensors, ctx.block, []
-        for part, lse, *both in zip(*(t.split(ctx.step.lengths) for t in (y,)), sums, *(t.split(ctx.step.lengths) for t in (out, dout))):
-            o, do = (t.float().unflatten(-1, (block.heads, -1)).transpose(0, 1)[None] for t in both)
-            dq, *dkv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(do, *block.split(part.float()), o, lse, 0., True, scale=block.scale)
-            dkv = [t.unflatten(1, (block.kv_heads, -1)).sum(2) for t in dkv]
-            grads.append(torch.cat([dq, *dkv], 1)[0].transpose(0, 1).flatten(1).to(y.dtype))
-        return torch.cat(grads), None, None
+        (y, out, *sums), block = ctx.saved_tensors, ctx.block
+        dy, at = torch.empty_like(y), 0
+        into, wide = dy.unflatten(-1, (-1, block.head_dim)), torch.promote_types(y.dtype, torch.float32)
+        for n, lse in zip(ctx.step.lengths, sums):
+            span = slice(at, at := at + n)
+            o, do = (t[span].to(wide).unflatten(-1, (block.heads, -1)).transpose(0, 1)[None] for t in (out, dout))
+            dq, *dkv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(do, *block.split(y[span].to(wide)), o, lse, 0., True, scale=block.scale)
+            if block.heads != block.kv_heads: dkv = [t.unflatten(1, (block.kv_heads, -1)).sum(2) for t in dkv]
+            for d, t in zip(into[span].split([w//block.head_dim for w in block.widths], 1), (dq, *dkv)): d.copy_(t[0].transpose(0, 1))
+        return dy, None, None
 
 # %% ../nbs/55_fast.ipynb #18e6a85d
 def attend(y:torch.Tensor, block, step) -> torch.Tensor: # y: (tokens, q|k|v); → (tokens, heads × head_dim)

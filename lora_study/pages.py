@@ -203,7 +203,7 @@ def derived(root:Path) -> dict: # path → the text it should have
     "Files that are made from notebooks"
     read = lambda name: (root/'nbs'/name).read_text(encoding='utf-8')
     text = readme(json.loads(read('index.ipynb')))
-    shipped = sorted(p.name for p in (root/'nbs').glob('[56]?_*.ipynb')) # what a sweep and the findings execute
+    shipped = sorted(p.name for p in (root/'nbs').glob('*.ipynb') if re.match('50_|6', p.name)) # what a sweep and the findings execute
     return {root/'README.md': text, root/'index.qmd': home(text)} | {root/'lora_study'/'notebooks'/name: read(name) for name in shipped}
 
 # %% ../nbs/16_pages.ipynb #844148df
