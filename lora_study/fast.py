@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SITES', 'FLAT', 'Pair', 'pair', 'frozen_weight', 'joined', 'Site', 'project', 'unproject', 'Adapted', 'not_covered',
-           'swap', 'scored_logits', 'normed', 'unnormed', 'rotate', 'Reading', 'Writing', 'Attention', 'attend', 'Step',
-           'Block', 'Scored', 'Normed', 'flat_batch', 'Flat', 'not_flat', 'Engine', 'probe_gradients', 'disagreement',
-           'layered', 'find_engine', 'engine_of', 'read_engine']
+           'swap', 'scored_logits', 'normed', 'unnormed', 'rotate', 'Reading', 'Writing', 'with_columns',
+           'attention_gradients', 'Attention', 'attend', 'Step', 'Block', 'Scored', 'Normed', 'rounded', 'flat_batch',
+           'Flat', 'not_flat', 'Engine', 'probe_gradients', 'disagreement', 'layered', 'find_engine', 'engine_of',
+           'read_engine']
 
 # %% ../nbs/55_fast.ipynb #51d00dc6
 from copy import copy
@@ -166,29 +167,27 @@ def unnormed(dn:torch.Tensor, x:torch.Tensor, inv:torch.Tensor, w:torch.Tensor, 
     s = (g*x).sum(-1, keepdim=True, dtype=torch.float32)
     return into.addcmul_(g, inv.to(x.dtype)).addcmul_(x, (s*inv.pow(3)/-x.shape[-1]).to(x.dtype))
 
-# %% ../nbs/55_fast.ipynb #93b3c58b
-def rotate(heads:torch.Tensor, cos:torch.Tensor, sin:torch.Tensor, back:bool=False): # heads: (tokens, heads, head_dim); cos, sin: (tokens, 1, head_dim/2)
+# %% ../nbs/55_fast.ipynb #a455d487
+def rotate(y:torch.Tensor, cos:torch.Tensor, sin:torch.Tensor, head_dim:int, back:bool=False): # all (tokens, heads × head_dim); sin: its first half of each head negated
     "Rotary positions, in place"
-    one, two = heads.chunk(2, -1)
-    turned = (one*cos).addcmul_(two, sin, value=1 if back else -1)
-    two.mul_(cos).addcmul_(one, sin, value=-1 if back else 1)
-    one.copy_(turned)
+    crossed = y.unflatten(-1, (-1, 2, head_dim//2)).flip(-2).view(len(y), -1)
+    y.mul_(cos).addcmul_(crossed, sin, value=-1 if back else 1)
 
-# %% ../nbs/55_fast.ipynb #153cdd6b
+# %% ../nbs/55_fast.ipynb #d97f5339
 class Reading(torch.autograd.Function):
     "Norm, then query, key and value with their adapters and positions"
     @staticmethod
     def forward(ctx, x, block, step, *params):
         n, inv = normed(x, block.norms[0], block.eps)
         y, hs = project(block.qkv, n, block.pairs['qkv'], step.spans)
-        rotate(block.turning(y), step.cos, step.sin)
+        rotate(y[:, :block.turned], step.cos, step.sin, block.head_dim)
         ctx.block, ctx.step = block, step
         ctx.save_for_backward(x, inv, n, *hs)
         return y, x.view_as(x)
     @staticmethod
     def backward(ctx, dy, dx): # both made by this file, and used up
         (x, inv, n, *hs), block, step, need = ctx.saved_tensors, ctx.block, ctx.step, ctx.needs_input_grad[0]
-        rotate(block.turning(dy), step.cos, step.sin, back=True)
+        rotate(dy[:, :block.turned], step.cos, step.sin, block.head_dim, back=True)
         dn, grads = unproject(block.qkv, dy, n, hs, block.pairs['qkv'], step.spans, need)
         return unnormed(dn, x, inv, block.norms[0], dx) if need else None, None, None, *grads
 
@@ -219,7 +218,36 @@ class Writing(torch.autograd.Function):
         da, o = unproject(block.o, dx, a, hs[:k], block.pairs['o'], spans)
         return dx, da, None, None, *o, *gate, *down
 
-# %% ../nbs/55_fast.ipynb #0398da0e
+# %% ../nbs/55_fast.ipynb #fc1bc40a
+def with_columns(heads:torch.Tensor, by:float=1., extra:torch.Tensor|None=None) -> torch.Tensor: # (tokens, kv_heads, group, head_dim); extra: (tokens, kv_heads, group); → (kv_heads, group, tokens, head_dim + 2)
+    "Times `by`, with two columns that add up to `extra`, or are ones"
+    out = heads.new_ones(*heads.shape[1:3], len(heads), heads.shape[-1] + 2)
+    torch.mul(heads.permute(1, 2, 0, 3), by, out=out[..., :-2])
+    if extra is not None:
+        high = extra.to(heads.dtype)
+        out[..., -2], out[..., -1] = (t.permute(1, 2, 0) for t in (high, extra - high))
+    return out
+
+# %% ../nbs/55_fast.ipynb #37c9de2f
+def attention_gradients(block, step, y:torch.Tensor, out:torch.Tensor, dout:torch.Tensor, sums:torch.Tensor) -> torch.Tensor: # y: (tokens, q|k|v); sums: (tokens, heads), ℓ; → like y
+    "The gradients of attention in bfloat16, by products of one example at a time"
+    dy, K, d = torch.empty_like(y), block.kv_heads, block.head_dim
+    by_group = lambda t: t.unflatten(-1, (K, -1, d))
+    (q, k, v), grads, (o, do) = map(by_group, y.split(block.widths, -1)), [by_group(t) for t in dy.split(block.widths, -1)], map(by_group, (out, dout))
+    q, k, v = with_columns(q, block.scale, -sums.unflatten(-1, (K, -1))), with_columns(k), with_columns(v)
+    do, at = with_columns(do, 1., -(do*o).sum(-1, dtype=torch.float32)), 0
+    for n in step.lengths:
+        span, heads = slice(at, at := at + n), max(1, 2**19//(n*n*q.shape[1])) # of k and v, at a time: what a cache holds
+        for h in (slice(i, i + heads) for i in range(0, K, heads)):
+            Q, O, k_, v_ = (t[h, :, span].flatten(1, 2) for t in (q, do, k, v))
+            P = torch.bmm(Q, k_.mT).exp_()
+            P.unflatten(1, (-1, n)).tril_()
+            S = torch.bmm(O, v_.mT).mul_(P)
+            made = torch.bmm(S, k_[..., :-2]).mul_(block.scale), torch.bmm(S.mT, Q[..., :-2]), torch.bmm(P.mT, O[..., :-2])
+            for g, t in zip(grads, made): g[span, h].copy_(t.unflatten(1, (-1, n)).permute(2, 0, 1, 3))
+    return dy
+
+# %% ../nbs/55_fast.ipynb #ef770592
 class Attention(torch.autograd.Function):
     "Causal attention within each example, one after the other"
     @staticmethod
@@ -227,22 +255,22 @@ class Attention(torch.autograd.Function):
         outs, sums = [], []
         for part in y.split(step.lengths):
             o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*block.split(part), 0., True, scale=block.scale)
-            outs.append(o[0].transpose(0, 1).flatten(1)); sums.append(lse)
-        out = torch.cat(outs)
+            outs.append(o[0].transpose(0, 1).flatten(1)); sums.append(lse[0].T)
+        out, sums = torch.cat(outs), torch.cat(sums)
         ctx.block, ctx.step = block, step
-        ctx.save_for_backward(y, out, *sums)
+        ctx.save_for_backward(y, out, sums)
         return out
     @staticmethod
     def backward(ctx, dout):
-        (y, out, *sums), block = ctx.saved_tensors, ctx.block
-        dy, at = torch.empty_like(y), 0
-        into, wide = dy.unflatten(-1, (-1, block.head_dim)), torch.promote_types(y.dtype, torch.float32)
-        for n, lse in zip(ctx.step.lengths, sums):
+        (y, out, sums), block, at = ctx.saved_tensors, ctx.block, 0
+        if y.dtype == torch.bfloat16: return attention_gradients(block, ctx.step, y, out, dout, sums), None, None
+        dy = torch.empty_like(y)
+        for n in ctx.step.lengths:
             span = slice(at, at := at + n)
-            o, do = (t[span].to(wide).unflatten(-1, (block.heads, -1)).transpose(0, 1)[None] for t in (out, dout))
-            dq, *dkv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(do, *block.split(y[span].to(wide)), o, lse, 0., True, scale=block.scale)
+            o, do = (t[span].unflatten(-1, (block.heads, -1)).transpose(0, 1)[None] for t in (out, dout))
+            dq, *dkv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(do, *block.split(y[span]), o, sums[span].T[None].contiguous(), 0., True, scale=block.scale)
             if block.heads != block.kv_heads: dkv = [t.unflatten(1, (block.kv_heads, -1)).sum(2) for t in dkv]
-            for d, t in zip(into[span].split([w//block.head_dim for w in block.widths], 1), (dq, *dkv)): d.copy_(t[0].transpose(0, 1))
+            for d, t in zip(dy[span].split(block.widths, -1), (dq, *dkv)): d.unflatten(-1, (-1, block.head_dim)).copy_(t[0].transpose(0, 1))
         return dy, None, None
 
 # %% ../nbs/55_fast.ipynb #18e6a85d
@@ -254,14 +282,14 @@ def attend(y:torch.Tensor, block, step) -> torch.Tensor: # y: (tokens, q|k|v); �
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=block.scale, enable_gqa=block.heads != block.kv_heads)
     return out.transpose(1, 2).flatten(2).flatten(0, 1)[step.cell]
 
-# %% ../nbs/55_fast.ipynb #8385ac4d
+# %% ../nbs/55_fast.ipynb #3e03fcf1
 @dataclass
 class Step:
     "What the layers need to know of one batch"
     spans: list        # a run: the slice of its tokens
     lengths: list      # tokens of each example
-    cos: torch.Tensor  # (tokens, 1, head_dim/2)
-    sin: torch.Tensor
+    cos: torch.Tensor  # (tokens, columns of query and key)
+    sin: torch.Tensor  # the first half of each head negated
     cell: torch.Tensor # (tokens,): each token's place when padded
     @property
     def longest(self): return max(self.lengths)
@@ -269,7 +297,7 @@ class Step:
 # %% ../nbs/55_fast.ipynb #2e8fa911
 SITES = dict(qkv=('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'), o=('self_attn.o_proj',), gu=('mlp.gate_proj', 'mlp.up_proj'), down=('mlp.down_proj',))
 
-# %% ../nbs/55_fast.ipynb #609a54fa
+# %% ../nbs/55_fast.ipynb #094efac3
 class Block:
     "One decoder layer, with the adapters of one run or several"
     def __init__(self, layers:list): # the layer in each run's model; the base's weights are read from the first
@@ -279,6 +307,7 @@ class Block:
         self.pairs = {name: [[pair(l.get_submodule(p)) for p in paths] for l in layers] for name, paths in SITES.items()}
         self.head_dim, self.scale, self.widths = attention.head_dim, attention.scaling, [l.out_features for l in self.qkv.linears]
         self.heads, self.kv_heads = (w//self.head_dim for w in self.widths[:2])
+        self.turned = sum(self.widths[:2]) # columns of query and key
         norms = layers[0].input_layernorm, layers[0].post_attention_layernorm
         self.norms, self.eps = [n.weight for n in norms], norms[0].variance_epsilon
     def only(self, which:list): # → the same layer with some of the runs
@@ -286,7 +315,6 @@ class Block:
         b.pairs = {name: [all_[i] for i in which] for name, all_ in self.pairs.items()}
         return b
     def params(self, *names): return [t for s in names for mine in self.pairs[s] for p in mine if p for t in (p.A, p.B)]
-    def turning(self, y): return y[:, :sum(self.widths[:2])].unflatten(-1, (-1, self.head_dim))
     def split(self, y): # → query, key, value: (1, heads, tokens, head_dim)
         q, k, v = y.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)[None].split([w//self.head_dim for w in self.widths], 1)
         return (q, k, v) if self.heads == self.kv_heads else (q, *(t.repeat_interleave(self.heads//self.kv_heads, 1) for t in (k, v)))
@@ -327,16 +355,25 @@ class Normed(torch.autograd.Function):
         x, inv, w = ctx.saved_tensors
         return unnormed(dn.clone(), x, inv, w, torch.zeros_like(x)), None, None
 
-# %% ../nbs/55_fast.ipynb #c3f1f597
+# %% ../nbs/55_fast.ipynb #afcb088a
+def rounded(n:int) -> int:
+    "n, or the next of eight sizes an octave"
+    step = max(8, 2**(n.bit_length() - 4))
+    return -(-n//step)*step
+
+# %% ../nbs/55_fast.ipynb #40d9b6d3
 def flat_batch(batch:dict) -> tuple: # ids, positions, targets (−100: none), each (tokens,); tokens of each example
-    "A batch of `collate` or `pack` without its padding"
+    "A batch of `collate` or `pack` in one row"
     number, (rows, length) = batch['attention_mask'], batch['input_ids'].shape
     real = number > 0
     positions = batch.get('position_ids', torch.arange(length).expand(rows, -1))
     _, lengths = torch.unique_consecutive((torch.arange(rows)[:, None]*(length + 1) + number)[real], return_counts=True)
-    return batch['input_ids'][real], positions[real], F.pad(batch['labels'][:, 1:], (0, 1), value=-100)[real], lengths.tolist()
+    room = -(-lengths//8)*8
+    at = torch.arange(int(lengths.sum())) + ((room - lengths).cumsum(0) - room + lengths).repeat_interleave(lengths)
+    put = lambda t, fill: t.new_full((int(room.sum()),), fill).index_copy_(0, at, t[real])
+    return put(batch['input_ids'], 0), put(positions, 0), put(F.pad(batch['labels'][:, 1:], (0, 1), value=-100), -100), room.tolist()
 
-# %% ../nbs/55_fast.ipynb #ba88619f
+# %% ../nbs/55_fast.ipynb #56f92ec0
 class Flat:
     "The training forward of one model, or of several that share a base: batches in (a model each, on the CPU), summed losses out"
     def __init__(self, models:list):
@@ -352,9 +389,12 @@ class Flat:
         body = self.base.model
         device, lengths, ends = body.embed_tokens.weight.device, [n for p in parts for n in p[3]], [0]
         for p in parts: ends.append(ends[-1] + len(p[0]))
-        ids, positions, targets = (torch.cat([p[i] for p in parts]).to(device) for i in range(3))
+        if more := rounded(ends[-1]) - ends[-1]: lengths.append(more); ends[-1] += more
+        ids, positions, targets = (F.pad(torch.cat([p[i] for p in parts]), (0, more), value=fill).to(device) for i, fill in enumerate((0, 0, -100)))
         with torch.no_grad(): x = body.embed_tokens(ids)
-        cos, sin = (t[0, :, None].chunk(2, -1)[0].contiguous() for t in body.rotary_emb(x[None], positions[None]))
+        cos, sin = (t[0] for t in body.rotary_emb(x[None], positions[None]))
+        signed = torch.cat([-sin.chunk(2, -1)[0], sin.chunk(2, -1)[1]], -1)
+        cos, sin = (t.repeat(1, self.blocks[0].turned//t.shape[-1]) for t in (cos, signed))
         cell = torch.cat([torch.arange(n) + i*max(lengths) for i, n in enumerate(lengths)]).to(device)
         return Step([slice(*e) for e in zip(ends, ends[1:])], lengths, cos, sin, cell), x, targets
     def __call__(self, batches:list) -> torch.Tensor: # (models,) nats
@@ -362,14 +402,15 @@ class Flat:
         at = (targets != -100).nonzero()[:, 0]
         ends = torch.tensor([s.stop for s in step.spans], device=at.device)
         edges = [0, *torch.searchsorted(at, ends).tolist()]
-        kept = at, [slice(*e) for e in zip(edges, edges[1:])]
+        sums, more = [slice(*e) for e in zip(edges, edges[1:])], rounded(len(at)) - len(at)
+        at, kept = F.pad(at, (0, more), value=len(x) - 1), [*sums[:-1], slice(edges[-2], edges[-1] + more)]
         for b in self.blocks:
-            args = (x, step, kept if b is self.blocks[-1] else None)
+            args = (x, step, (at, kept) if b is self.blocks[-1] else None)
             again = b.module.training and getattr(b.module, 'gradient_checkpointing', False)
             x = checkpoint(b, *args, use_reentrant=False) if again else b(*args)
         norm, head = self.base.model.norm, self.base.lm_head.weight
-        nll = Scored.apply(Normed.apply(x, norm.weight, norm.variance_epsilon), head, targets[at], max(1, 2**22//len(head)))
-        return torch.stack([nll[s].sum() for s in kept[1]])
+        nll = Scored.apply(Normed.apply(x, norm.weight, norm.variance_epsilon), head, targets[at].clamp_min(0), max(8, 2**22//len(head)))
+        return torch.stack([nll[s].sum() for s in sums])
 
 # %% ../nbs/55_fast.ipynb #b80100db
 FLAT = ('LlamaForCausalLM', 'MistralForCausalLM', 'Qwen2ForCausalLM') # decoders whose layers are `Block`s
