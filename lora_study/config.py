@@ -70,6 +70,7 @@ class Run(BaseModel):
     bnb_4bit_use_double_quant: bool = False # the 4-bit blocks' constants quantized too
     bnb_4bit_compute_dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto' # of products with 4-bit weights; auto: `dtype`
     gradient_checkpointing: bool = False  # activations computed again in the backward pass instead of kept
+    engine: Literal['peft', 'auto', 'fast'] = 'peft' # how a step is computed: PEFT's own forward; the fastest of `lora_study.fast` that gives the same; the same, and an error where there is none
     optim: Literal['adamw_torch', 'adamw_8bit', 'paged_adamw_8bit', 'paged_adamw_32bit'] = 'adamw_torch'
     learning_rate: Positive = 2e-3
     loraplus_lr_ratio: Positive = 1.      # LoRA+: B's learning rate over A's

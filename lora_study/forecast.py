@@ -58,7 +58,7 @@ def longest(run:Run, done:list) -> int | None: # tokens; None: not known
 def calibration(run:Run, done:list, kind:str) -> tuple: # measured over predicted (median), how many runs it comes from
     "What to multiply a prediction by: from finished runs of the same base and kind of device, of the same method where there are any"
     mine = [r for r in done if r['run'].base_hash == run.base_hash and r.get('device') == kind and any(c in r for c in COUNTERS)]
-    mine = [r for r in mine if same(r['run'], run, ('use_peft', 'load_in_4bit', 'load_in_8bit', 'gradient_checkpointing'))] or mine
+    mine = [r for r in mine if same(r['run'], run, ('use_peft', 'load_in_4bit', 'load_in_8bit', 'gradient_checkpointing', 'engine'))] or mine
     mine = [r for r in mine if same(r['run'], run, DATA)] or mine
     counter = lambda r: next(c for c in COUNTERS if c in r)
     ratios = [r[counter(r)]/predicted(r['run'], device=kind, length=longest(r['run'], done))[COUNTERS[counter(r)]] for r in mine]

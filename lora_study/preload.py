@@ -87,8 +87,8 @@ def keep(
     device:torch.device, # where the run will be
 ):
     "In the warm parent, before a fork: makes what the run shares with others, unless it is there"
-    makers = dict(data=(key(run, DATA), lambda: prepare(run)))
-    if keepable(run, device): makers['base'] = key(run, BASE), lambda: load_base(run, device) if fits(run) else None
+    makers = dict(data=(key(run, DATA), lambda: prepare(run))) if not run.trust_remote_code else {} # a base's own code runs in kernels alone
+    if makers and keepable(run, device): makers['base'] = key(run, BASE), lambda: load_base(run, device) if fits(run) else None
     for what in set(KEPT) - {w for w, (k, _) in makers.items() if w in KEPT and KEPT[w][0] == k}: del KEPT[what]
     for what in set(makers) - set(KEPT):
         start = time.perf_counter()

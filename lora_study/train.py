@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SHAPES', 'PARTS', 'RESUME', 'total_steps', 'warmup', 'parameter_groups', 'make_optimizer',
            'make_schedule', 'rate_at', 'Loop', 'pack', 'apart', 'as_batch', 'picks', 'pieces', 'micro_batches',
-           'Diverged', 'Stopped', 'summed_loss', 'backward', 'optimizer_step', 'read_validation', 'train_step',
-           'Progress', 'train', 'sealed_files', 'made_with', 'save_checkpoint', 'lacks', 'checkpoints_of',
+           'Diverged', 'Stopped', 'summed_loss', 'backward', 'update', 'optimizer_step', 'read_validation',
+           'train_step', 'Progress', 'train', 'sealed_files', 'made_with', 'save_checkpoint', 'lacks', 'checkpoints_of',
            'load_weights', 'load_checkpoint', 'load_weights_alone', 'changed', 'take_up', 'marks', 'read_loop',
            'asked_loop', 'check_packed', 'check_applied', 'probe_batches', 'probe_run', 'measure_adapter']
 
@@ -25,6 +25,7 @@ from .classify import adapter_task, asked_head, encoded, read_head
 from .config import BadInput, Run, run_id
 from .data import batch_at, collate, load_splits, targets
 from .evaluation import evaluate, summarise, token_scores
+from .fast import Engine, engine_of, read_engine
 from .lora import check_adapted, count_parameters, load_adapter
 from .model import Unapplied, asked_base, demand, load_base, load_tokenizer, pick_device, read_base
 from .processes import can_be_asked, is_asked
@@ -103,6 +104,7 @@ class Loop:
         self.data_seed = r.seed if r.data_seed is None else r.data_seed
         self.optimizer = make_optimizer(r, self.model)
         self.schedule = make_schedule(r, self.optimizer, self.total)
+        self.engine: Engine = engine_of(r, self.model, lambda: as_batch(self, sorted(self.examples, key=lambda e: len(e.ids))[:2]), summed_loss) # how a step is computed
 
 # %% ../nbs/08_train.ipynb #26d8c035
 def pack(
@@ -165,14 +167,17 @@ class Stopped(Exception):
     "The driver is leaving: all that was trained is in a checkpoint"
 
 # %% ../nbs/08_train.ipynb #05829c0e
-def summed_loss(model, batch:dict) -> torch.Tensor: # nats, summed over scored tokens, or over classes
+def summed_loss(
+    model, batch:dict,
+    pick=None, # pick(model, inputs, scored): the logits where a label is; None: all the model's, then those
+) -> torch.Tensor: # nats, summed over scored tokens, or over classes
     "Negative log-likelihood of a batch, logits only widened where a label is"
     inputs = {k: t for k, t in batch.items() if k != 'labels'}
     if batch['labels'].ndim == 1: return F.cross_entropy(model(**inputs).logits.float(), batch['labels'], reduction='sum')
     labels = batch['labels'][:, 1:]
     scored = labels != -100
     if 'position_ids' in inputs: inputs['attention_mask'] = apart(inputs['attention_mask'], model.dtype)
-    logits = model(**inputs).logits[:, :-1][scored]
+    logits = pick(model, inputs, scored) if pick else model(**inputs).logits[:, :-1][scored]
     return F.cross_entropy(logits.float(), labels[scored], reduction='sum')
 
 # %% ../nbs/08_train.ipynb #e1b00f71
@@ -184,19 +189,24 @@ def backward(
     scored = sum(b['labels'].numel() if b['labels'].ndim == 1 else (b['labels'][:, 1:] != -100).sum().item() for b in batches)
     total = 0.
     for b in batches:
-        loss = summed_loss(loop.model, {k: t.to(loop.device) for k, t in b.items()}) / scored
+        loss = loop.engine.loss(loop.model, b, summed_loss) / scored
         loss.backward()
         total += loss.detach()
     return float(total), sum((b['attention_mask'] > 0).sum().item() for b in batches)
 
 # %% ../nbs/08_train.ipynb #99a6d1bb
-def optimizer_step(loop:Loop, batches:list) -> tuple: # mean loss, tokens read
-    "Gradients, clipping, update"
-    loss, tokens = backward(loop, batches)
+def update(loop:Loop, loss:float): # loss: mean, of the gradients accumulated
+    "Clipping and the optimizer's update; Diverged for a loss that is no number"
     if not math.isfinite(loss): raise Diverged(f'loss = {loss} at step {loop.step+1} of {loop.total}: lower learning_rate = {loop.run.learning_rate:g}')
     torch.nn.utils.clip_grad_norm_(loop.params, loop.run.max_grad_norm)
     loop.optimizer.step()
     loop.optimizer.zero_grad(set_to_none=True)
+
+# %% ../nbs/08_train.ipynb #e20e55a0
+def optimizer_step(loop:Loop, batches:list) -> tuple: # mean loss, tokens read
+    "Gradients, clipping, update"
+    loss, tokens = backward(loop, batches)
+    update(loop, loss)
     return loss, tokens
 
 # %% ../nbs/08_train.ipynb #d1f24216
@@ -429,9 +439,10 @@ def check_applied(loop:Loop) -> dict: # flat, for the record
     live, sizes = read_loop(loop), [p.numel() for p in loop.params]
     demand(live, asked_loop(run, loop))
     if run.packing: check_packed(loop)
-    head = read_head(loop.model)
+    head, engine = read_head(loop.model), read_engine(loop.engine, loop.model)
     demand(head, asked_head(run, loop.pad_id))
-    return base | adapter | live | head | (dict(optim_8bit_share=sum(s for s in sizes if s >= 4096)/sum(sizes)) if '8bit' in run.optim else {})
+    demand(engine, dict(engine=loop.engine.kind))
+    return base | adapter | live | head | engine | (dict(optim_8bit_share=sum(s for s in sizes if s >= 4096)/sum(sizes)) if '8bit' in run.optim else {})
 
 # %% ../nbs/08_train.ipynb #c17eceb2
 def probe_batches(loop:Loop, timed:int=6) -> list: # of micro-batch lists

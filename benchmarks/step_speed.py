@@ -1,0 +1,156 @@
+"""How long a training step takes, here and with Trainer + PEFT and TRL, on Llamas of random weights.
+
+    python benchmarks/step_speed.py [--shapes S5 S17] [--rounds 5] [--steps 4] [--dataset FILE] [--trl]   # prints a table, writes benchmarks/step_speed.json
+
+Each way lives in a process of its own, on one thread, and they take turns: a round is `steps` optimizer steps of each, in an order that rotates. Medians over all steps after the first of a round; ratios are of
+medians. Processor seconds are what to read on a machine that does something else too. Peak memory is that of the process, less what it held when all was imported and no model made. Rows are
+full (every row 256 tokens) and uneven (lengths of FILE's rows, or drawn so that padding is 1.7 times the tokens). --trl fetches TRL, without its dependencies, into a folder of its own under ~/.cache/lora_study.
+"""
+import argparse, json, os, random, subprocess, sys, tempfile, time
+from pathlib import Path
+from statistics import median
+
+SHAPES = dict(S5=dict(vocab_size=2048, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4),
+              S17=dict(vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=9, num_attention_heads=6, num_key_value_heads=6))
+WAYS = dict(fast_bf16='lora_study, engine fast, base in bfloat16', fast_fp32='lora_study, engine fast, float32', plain_bf16='lora_study, engine peft, base in bfloat16', full_bf16='lora_study, the whole base, bfloat16',
+            trainer_fp32='Trainer + PEFT, float32', trainer_bf16='Trainer + PEFT, bf16=True', trl='TRL SFTTrainer, its defaults')
+BATCH, LENGTH, RANK, TRL = 8, 256, 16, Path('~/.cache/lora_study/trl').expanduser()
+
+def peak_bytes() -> int:
+    "Peak of resident memory so far"
+    return 1024*int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])
+
+# --- a process that takes steps when told to
+
+def model_of(shape:str):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPES[shape], max_position_embeddings=512, pad_token_id=0))
+
+def ours(way:str, shape:str, rows:list):
+    "Yields after each optimizer step: tokens trained on"
+    import torch
+    from lora_study.config import Run
+    from lora_study.data import Example
+    from lora_study.lora import make_trainable
+    from lora_study.train import Loop, micro_batches, optimizer_step
+    kind, dtype = way.split('_')
+    run = Run(engine='fast' if kind == 'fast' else 'peft', use_peft=kind != 'full', lora_r=RANK, learning_rate=1e-4, per_device_train_batch_size=BATCH, max_length=LENGTH, max_steps=10**6, dtype=dict(fp32='float32', bf16='bfloat16')[dtype])
+    base = model_of(shape).requires_grad_(False).to(getattr(torch, run.dtype))
+    examples = [Example('', '', '', r['ids'], r['prompt'], 1, i) for i, r in enumerate(rows)]
+    loop = Loop(run, make_trainable(base, run).train(), examples, 0)
+    while True:
+        yield optimizer_step(loop, micro_batches(loop, loop.step))[1]
+        loop.schedule.step(); loop.step += 1
+
+def theirs(way:str, shape:str, rows:list, steps:int, note):
+    "Trains `steps` steps; `note(started, tokens)` at the start and end of each"
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *a, **k): note(True)
+        def on_step_end(self, *a, **k): note(False)
+    lora = LoraConfig(r=RANK, lora_alpha=16, target_modules='all-linear', task_type='CAUSAL_LM')
+    common = dict(output_dir=tempfile.gettempdir(), per_device_train_batch_size=BATCH, max_steps=steps, learning_rate=1e-4, report_to=[], save_strategy='no', logging_strategy='no', use_cpu=True, disable_tqdm=True, dataloader_num_workers=0)
+    if way == 'trl':
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+        from transformers import PreTrainedTokenizerFast
+        from tokenizers import Tokenizer, models
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({'<pad>': 0, '</s>': 1}, unk_token='<pad>')), pad_token='<pad>', eos_token='</s>')
+        data = Dataset.from_list([dict(input_ids=r['ids'], completion_mask=[int(i >= r['prompt']) for i in range(len(r['ids']))]) for r in rows])
+        trainer = SFTTrainer(model_of(shape), SFTConfig(**common, max_length=LENGTH), train_dataset=data, processing_class=tokenizer, peft_config=lora, callbacks=[Clock()])
+    else:
+        import torch
+        def collate(rows):
+            longest = max(len(r['ids']) for r in rows)
+            pad = lambda r, ids, fill: ids + [fill]*(longest - len(r['ids']))
+            return dict(input_ids=torch.tensor([pad(r, r['ids'], 0) for r in rows]), attention_mask=torch.tensor([pad(r, [1]*len(r['ids']), 0) for r in rows]),
+                        labels=torch.tensor([pad(r, [-100]*r['prompt'] + r['ids'][r['prompt']:], -100) for r in rows]))
+        trainer = Trainer(get_peft_model(model_of(shape), lora), TrainingArguments(**common, bf16=way == 'trainer_bf16', remove_unused_columns=False), train_dataset=rows, data_collator=collate, callbacks=[Clock()])
+    trainer.train()
+
+def worker(way:str, shape:str, file:str):
+    "Reads how many steps to take, a line each; answers with one line of JSON"
+    import logging, warnings
+    warnings.filterwarnings('ignore'); logging.disable(logging.WARNING)
+    answers, sys.stdout = sys.stdout, sys.stderr
+    import torch
+    torch.set_num_threads(1)
+    rows, clock = json.loads(Path(file).read_text()), lambda: (time.perf_counter(), time.process_time())
+    import peft, transformers.models.llama.modeling_llama
+    if way == 'trl': import trl
+    elif way.startswith('trainer'): from transformers import Trainer
+    else: import lora_study.train
+    held, going = peak_bytes(), None if way.startswith('tr') else ours(way, shape, rows)
+    if going: next(going)
+    for line in sys.stdin:
+        times, start = [], None
+        def note(begins):
+            nonlocal start
+            if begins: start = clock()
+            else: times.append([b - a for a, b in zip(start, clock())])
+        if going:
+            for _ in range(int(line)): note(True); next(going); note(False)
+        else: theirs(way, shape, rows, int(line), note)
+        answers.write(json.dumps(dict(times=times, extra_bytes=peak_bytes() - held)) + '\n'); answers.flush()
+
+# --- the one that calls them
+
+def rows_of(kind:str, vocab:int, dataset:str|None, n:int=64) -> list:
+    "Token ids and prompt lengths of `n` rows"
+    g = random.Random(0)
+    if kind == 'full': sizes = [(LENGTH, LENGTH//3)]*n
+    elif dataset:
+        from lora_study.config import Run
+        from lora_study.data import encode, load_splits
+        from lora_study.model import load_tokenizer
+        run = Run(dataset_name=dataset, train_size=n)
+        sizes = [(len(e.ids), e.prompt_len) for e in encode(load_splits(run).train, load_tokenizer(run), LENGTH)[0]]
+    else: sizes = [(l, l//3) for l in (min(LENGTH, max(16, int(g.lognormvariate(4.7, .55)))) for _ in range(n))]
+    return [dict(ids=[g.randrange(2, vocab) for _ in range(l)], prompt=p) for l, p in sizes]
+
+def fetch_trl():
+    if not (TRL/'trl').is_dir(): subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', TRL, 'trl'], check=True)
+
+def measure(shape:str, kind:str, ways:list, rounds:int, steps:int, dataset:str|None) -> dict:
+    "One shape and kind of rows, all ways in turn"
+    with tempfile.TemporaryDirectory() as d:
+        rows = rows_of(kind, SHAPES[shape]['vocab_size'], dataset)
+        file = Path(d)/'rows.json'; file.write_text(json.dumps(rows))
+        env = os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), str(TRL), os.environ.get('PYTHONPATH', '')]))
+        workers = {w: subprocess.Popen([sys.executable, __file__, '--worker', w, shape, file], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env) for w in ways}
+        times, extra = {w: [] for w in ways}, {}
+        try:
+            for k in range(rounds + 1): # the first round warms up
+                for w in ways[k % len(ways):] + ways[:k % len(ways)]:
+                    p = workers.get(w)
+                    if p is None: continue
+                    try: p.stdin.write(f'{steps + 1}\n'); p.stdin.flush(); said = json.loads(p.stdout.readline())
+                    except (ValueError, OSError): print(f'  {w}: could not run', file=sys.stderr); workers.pop(w); continue
+                    if k: times[w] += said['times'][1:]; extra[w] = max(extra.get(w, 0), said['extra_bytes'])
+        finally:
+            for p in workers.values(): p.kill()
+        tokens = sum(len(r['ids']) for r in rows)/len(rows)*BATCH
+        out = {w: dict(step_s=median(t[0] for t in ts), cpu_s=median(t[1] for t in ts), tok_s=tokens/median(t[0] for t in ts), tok_cpu_s=tokens/median(t[1] for t in ts), extra_mib=extra[w]/2**20) for w, ts in times.items() if ts}
+        return dict(shape=shape, rows=kind, tokens_a_step=tokens, load_average=os.getloadavg()[0], rounds=rounds, steps=steps, ways=out,
+                    ratios={w: dict(wall=o['step_s']/out['fast_bf16']['step_s'], cpu=o['cpu_s']/out['fast_bf16']['cpu_s']) for w, o in out.items()})
+
+def main():
+    if sys.argv[1:2] == ['--worker']: return worker(*sys.argv[2:5])
+    ask = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    ask.add_argument('--shapes', nargs='+', choices=SHAPES, default=list(SHAPES)); ask.add_argument('--rows', nargs='+', choices=('full', 'uneven'), default=['full', 'uneven'])
+    ask.add_argument('--ways', nargs='+', choices=WAYS, default=[w for w in WAYS if w != 'trl']); ask.add_argument('--dataset'); ask.add_argument('--trl', action='store_true')
+    ask.add_argument('--rounds', type=int, default=5); ask.add_argument('--steps', type=int, default=4)
+    a = ask.parse_args()
+    if a.trl: fetch_trl()
+    ways, found = list(dict.fromkeys(['fast_bf16', *a.ways, *(['trl'] if a.trl else [])])), []
+    for shape in a.shapes:
+        for kind in a.rows:
+            found.append(measure(shape, kind, ways, a.rounds, a.steps, a.dataset)); r = found[-1]
+            print(f"{shape}, {kind} rows, {r['tokens_a_step']:.0f} tokens a step, load {r['load_average']:.1f}")
+            for w, o in r['ways'].items(): print(f"  {WAYS[w]:45} {1000*o['step_s']:7.0f} ms {1000*o['cpu_s']:7.0f} ms of processor {o['tok_cpu_s']:8.0f} tokens a processor second, {r['ratios'][w]['cpu']:5.2f} times the first, {o['extra_mib']:6.0f} MiB more at the peak", flush=True)
+    Path(__file__).with_suffix('.json').write_text(json.dumps(found, indent=1) + '\n')
+
+if __name__ == '__main__': main()
