@@ -8,7 +8,7 @@ study: setup
 
 test: setup check
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/nbdev_test --n_workers 2
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n logical --maxprocesses 4 --dist loadfile tests
 
 setup: $(STAMP)
 # torch first and pinned: the pin resolves to one build, a range may fetch several gigabytes of another
