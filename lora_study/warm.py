@@ -65,8 +65,7 @@ def serve(requests:socket.socket):
     "The parent's life: import, fork on request, report deaths, and leave with the driver"
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the driver to handle
     import_all()
-    try: requests.sendall(b'r')
-    except OSError: return # the driver has gone meanwhile
+    requests.sendall(b'r')
     children = {}
     while True:
         if select.select([requests], [], [], .1)[0]:
