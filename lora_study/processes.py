@@ -79,7 +79,7 @@ class Watch:
         self.peak = max(self.peak, sum(map(held, known)))
         fresh, self.known = known - self.known, known
         try:
-            if self.note and fresh: tracker.write_whole(self.note, json.dumps(dict(driver=tracker.owner(), processes=[(p.pid, p.create_time()) for p in known])))
+            if self.note and fresh: tracker.write_whole(self.note, json.dumps(dict(driver=tracker.owner(), processes=[(p.pid, tracker.born(p)) for p in known])))
         except OSError: pass # a full disk is told of where it matters
     def end(self):
         self.look()
@@ -139,7 +139,7 @@ def recorded(
     pid:int, start:float, # as a note has them
 ) -> psutil.Process | None: # None: gone, or the number is another's
     "The very process a note names"
-    try: p = psutil.Process(pid); return p if abs(p.create_time() - start) < .05 else None
+    try: p = psutil.Process(pid); return p if abs(tracker.born(p) - start) < .05 else None
     except psutil.Error: return None
 
 # %% ../nbs/43_processes.ipynb #2c2e6653
