@@ -104,6 +104,7 @@ BEFORE = [ # what the look before the first run tells
     case('a rank wider than the layer', 8, 'lora_r: 2000\n', 'lora_r = 2000 exceeds', 'smaller side'),
     case('too long for the base', 8, 'max_length: 4096\n', 'max_length = 4096', '256 positions'),
     case('too few facts', 18, 'dataset_config: memorise\ntrain_size: 9999\n', "dataset_config = 'memorise'", '2496 facts exist, n = 9999'),
+    case('a world without end', 8, 'train_size: 1000000000\n', 'train_size = 1000000000', 'expected at most 1,000,000 rows'),
     case('paged memory without a GPU', 13, 'optim: paged_adamw_8bit\n', "optim = 'paged_adamw_8bit'", 'use adamw_8bit'),
     case('prompts only', 22, 'max_length: 4\n', 'max_length = 4', 'every one of', 'shortest prompt', 'raise max_length'),
     case('no data row', 18, 'dataset_name: empty.jsonl\n', 'empty.jsonl', 'has no rows'),
