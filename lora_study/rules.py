@@ -203,16 +203,14 @@ def forgets_with_rank(b:Body) -> Finding:
 
 # %% ../nbs/47_rules.ipynb #d9b97d83
 def full_updates(b:Body, a:Arm) -> tuple: # one list of `exact.update_ranks` rows a run; the runs
-    "Ranks of the weight changes of full fine-tuning, from the adapter rows of the record or from the weights a run left"
-    from lora_study.exact import tensors_in, update_ranks
+    "Ranks of the weight changes of full fine-tuning, from the weights its runs left"
+    done = a.rows[a.rows.status == 'done'].to_dict('records') if b.results else []
+    kept = [(r, folder) for r in done if (folder := b.results/r['study']/'runs'/r['label']/'final'/'adapter').is_dir()]
+    if not kept: return [], pd.DataFrame()
     from lora_study.config import local_path
-    found, used, base = [], [], None
-    for r in a.rows[a.rows.status == 'done'].to_dict('records'):
-        kept = b.results and b.results/r['study']/'runs'/r['label']/'final'/'adapter'
-        if not kept or not kept.is_dir(): continue
-        if base is None: base = tensors_in(local_path(r['model_name_or_path']))
-        found.append(update_ranks(base, tensors_in(kept))); used.append(r)
-    return found, pd.DataFrame(used)
+    from lora_study.exact import tensors_in, update_ranks
+    base = tensors_in(local_path(kept[0][0]['model_name_or_path']))
+    return [update_ranks(base, tensors_in(folder)) for _, folder in kept], pd.DataFrame([r for r, _ in kept])
 
 # %% ../nbs/47_rules.ipynb #7e2790f0
 @rule('D8')
@@ -253,7 +251,8 @@ def quantized_pair(b:Body, id:str, one:str, other:str|None, decide=parity) -> Fi
 def bits_saved(b:Body, double:Tuned, single:Tuned) -> str:
     "What quantizing the scales saves for each quantized parameter, in words"
     full, bytes_of = arm(b), lambda rows: rows.base_weight_bytes.dropna().median()
-    width = {'float32': 4, 'bfloat16': 2, 'float16': 2}.get(full.rows.get('base_dtype', pd.Series(dtype=object)).dropna().head(1).squeeze() if len(full.rows) else None)
+    held = full.rows.base_dtype.dropna() if 'base_dtype' in full.rows else ()
+    width = {'float32': 4, 'bfloat16': 2, 'float16': 2}.get(held.iloc[0]) if len(held) else None
     if not width or not bytes_of(full.rows) > 0: return ''
     quantized = (bytes_of(full.rows) - bytes_of(single.rows))/(width - .5 - 4/64) # 4 bits and one float32 for 64 of them
     return f'It saves {8*(bytes_of(single.rows) - bytes_of(double.rows))/quantized:.3f} bits for each of {quantized:,.0f} quantized parameters; 0.373 is claimed.'
@@ -364,15 +363,15 @@ def rate_dominates(b:Body, knobs=('lora_r', 'lora_target_modules', 'per_device_t
 @rule('H3')
 def low_rate_hides_rank(b:Body, part:float=.25) -> Finding:
     "The effect of rank at the lowest shared rate against a quarter of it with each rank tuned"
-    ts = ladder(b); first, last = ts[0], ts[-1]
-    rates = sorted(set(first.arm.rows.learning_rate) & set(last.arm.rows.learning_rate))
-    low = next((r for r in rates if r < min(first.optimum.grid_rate, last.optimum.grid_rate)), None)
-    if low is None: raise Unsettled('NOT-TESTABLE', 'no shared learning rate lies below the best of both ranks', 'a low learning rate')
-    at = lambda t: t.arm.rows[(t.arm.rows.learning_rate == low) & (t.arm.rows.status == 'done')].set_index('rep').test_nll
-    d = pd.DataFrame(dict(low=at(first) - at(last), best=first.rows.test_nll - last.rows.test_nll)).dropna().astype(float)
+    ts, at = ladder(b), lambda t, r: t.arm.rows[(t.arm.rows.learning_rate == r) & (t.arm.rows.status == 'done')].set_index('rep').test_nll
+    below = lambda r, seeds: [t for t in ts if r < t.optimum.grid_rate and len(at(t, r)) >= seeds] # ranks that can be judged at a rate below their best
+    low, able = next(((r, have) for seeds in (MIN_SEEDS, 2) for r in sorted({r for t in ts for r in t.arm.rows.learning_rate}) if len(have := below(r, seeds)) > 1), (None, None))
+    if low is None: raise Unsettled('NOT-TESTABLE', 'no shared learning rate lies below the best of two ranks', 'a low learning rate')
+    first, last = able[0], able[-1]
+    d = pd.DataFrame(dict(low=at(first, low) - at(last, low), best=first.rows.test_nll - last.rows.test_nll)).dropna().astype(float)
     if len(d) < 2: raise Unsettled('NOT-TESTABLE', f'{len(d)} seeds have both ranks at both rates', 'shared seeds')
-    real, above, below = t_interval(d.best), t_interval(part*d.best - d.low, .9), t_interval(part*d.best + d.low, .9)
+    real, above, mirrored = t_interval(d.best), t_interval(part*d.best - d.low, .9), t_interval(part*d.best + d.low, .9)
     told = f'From r = {first.arm.levels["lora_r"]} to {last.arm.levels["lora_r"]} the loss falls by {d.best.mean():.3g} with each rank tuned and by {d.low.mean():.3g} at {low:g}; a quarter of the first less the second is {t_interval(part*d.best - d.low)}.'
     if real.low is None or real.low <= 0: verdict, told = 'INCONCLUSIVE', told + ' Rank makes no clear difference at the best rate, so there is nothing to hide.'
-    else: verdict = 'INCONCLUSIVE' if len(d) < MIN_SEEDS or above.low is None or below.low is None else 'CONFIRMED' if min(above.low, below.low) > 0 else 'REFUTED' if above.high < 0 or below.high < 0 else 'INCONCLUSIVE'
+    else: verdict = 'INCONCLUSIVE' if len(d) < MIN_SEEDS or above.low is None or mirrored.low is None else 'CONFIRMED' if min(above.low, mirrored.low) > 0 else 'REFUTED' if above.high < 0 or mirrored.high < 0 else 'INCONCLUSIVE'
     return Finding('H3', verdict, told, t_interval(part*d.best - d.low), record(pd.concat([first.rows, last.rows])), b.studies)
