@@ -106,13 +106,17 @@ def settings_table(df:pd.DataFrame, by:list) -> str:
         quality = {t: amount(g[k.replace('test_', 'base_')].median(), k) if k.startswith('test_') else '' for k, t in shown.items()}
         rows.append({'': 'base, no adapter'} | setting_cells(values, by) | {'n': ''} | quality | {'notebooks': ''})
     for r, (values, g) in zip(tracker.over_seeds(df, by, list(shown)).to_dict('records'), tracker.settings(df, by)):
-        links = ' '.join(f"[seed {s}]({Path(n).relative_to(Path(n).parts[0])})" for s, n in zip(g.seed, g.notebook))
+        links = ' '.join(f"[seed {s}]({Path(n).relative_to(Path(n).parts[0])})" for s, n in zip(g.seed, g.notebook) if isinstance(n, str)) or 'imported'*bool(evidence.imported(g).any())
         rows.append({'': 'adapter'} | setting_cells(values, by) | {'n': str(r['n'])} | {t: spread(r[k], r[f'{k}_sd'], k) for k, t in shown.items()} | {'notebooks': links})
     return md_table(rows)
 
 # %% ../nbs/39_tables.ipynb #84dc4584
 def where_it_ran(df:pd.DataFrame) -> str:
     "Machine, software and code of a study's runs; a study of several says so"
+    if len(taken := df[evidence.imported(df)]): said = f'{len(taken)} runs were measured elsewhere and imported from {as_text(", ".join(dict.fromkeys(taken.imported_from.str.rpartition(":")[0])))}.'
+    else: said = ''
+    df = df[~evidence.imported(df)]
+    if df.empty: return said
     one = lambda c: ' and '.join(dict.fromkeys(df[c].dropna().astype(str))) if c in df and df[c].notna().any() else 'unknown'
     versions = ', '.join(f"{p} {one(f'{p}_version')}" for p in ('torch', 'transformers', 'peft'))
     same = ('device_name', 'threads', 'base_dtype', 'torch_version', 'code_version', 'code_commit', 'code_dirty')
@@ -120,7 +124,7 @@ def where_it_ran(df:pd.DataFrame) -> str:
     dirty = ' with uncommitted changes' if 'code_dirty' in df and df.code_dirty.eq(True).any() else ''
     return (f"Measured on {one('device_name')} ({one('device')}, {one('threads')} threads, base in {one('base_dtype')}) with {versions}; "
             f"lora_study {one('code_version')} at commit {one('code_commit')}{dirty}; runs ended {df.ended.min()} to {df.ended.max()}."
-            + (f" **These runs differ in {', '.join(mixed)}: compare their costs with care.**" if mixed else ''))
+            + (f" **These runs differ in {', '.join(mixed)}: compare their costs with care.**" if mixed else '') + (f' {said}' if said else ''))
 
 # %% ../nbs/39_tables.ipynb #122eef43
 @dataclass(frozen=True)
@@ -223,7 +227,7 @@ def run_rows(e:Evidence, place:Place) -> Table:
         for s, r in zip(g.index, g.to_dict('records')):
             to = place.notebook(r)
             cells = [Span(amount(r[m], m), to) if r['status'] == 'done' else '–' for m in shown]
-            rows.append(Row((Span(r['run_id'], to, f"lora-study show {r['run_id']}", code=True), (Span(name, place.setting(e, name)), '' if r['status'] == 'done' else ' (diverged)'), Span(str(s), to), *cells), f"run-{r['run_id']}"))
+            rows.append(Row((Span(r['run_id'], to, f"lora-study show {r['run_id']}", code=True), (Span(name, place.setting(e, name)), ' (imported)'*isinstance(r.get('imported_from'), str) + ('' if r['status'] == 'done' else ' (diverged)')), Span(str(s), to), *cells), f"run-{r['run_id']}"))
     return Table('Every run. A number leads to the executed notebook that measured it; `lora-study show RUN` prints its row of the database.', ('run', 'setting', 'seed', *(Span(t) for t in shown.values())), tuple(rows), measured=True)
 
 # %% ../nbs/39_tables.ipynb #c7fa004a
