@@ -176,14 +176,14 @@ def frontier(
     df:pd.DataFrame, by:list, cost:str='trainable_params', metric:str='test_nll',
     band:tuple=(0., 0.), # differences in cost, in the metric, that are ties
     higher_is_better:bool|None=None, # None: what the metric's name says
-    apart:str|None=None, # one of `by`: settings that differ in it are not compared, and have fronts of their own
+    apart:str|None=None, # a column: settings that differ in it are not compared, and have fronts of their own
 ) -> Figure:
     "Quality against a cost, the efficient settings marked"
     needed(df, 'frontier', by, [cost, metric]); higher = metric.endswith(HIGHER) if higher_is_better is None else higher_is_better
     q, c = estimates(df, by, metric), estimates(df, by, cost); scale, unit = in_unit(c['mean'], cost); sign = -1 if higher else 1
     there = np.isfinite(q['mean']) & np.isfinite(c['mean']); whole = there & (q.gone == 0)
     points = np.column_stack([c['mean'], q['mean']]); on = np.zeros(len(q), bool)
-    groups = [values[apart] if apart else None for values, _ in tracker.settings(df, by)]; mine = [whole & (pd.Series(groups, q.index).map(repr) == g) for g in dict.fromkeys(map(repr, groups))]
+    groups = [g[apart].iloc[0] if apart else None for _, g in tracker.settings(df, by)]; mine = [whole & (pd.Series(groups, q.index).map(repr) == g) for g in dict.fromkeys(map(repr, groups))]
     for k in mine: on[k] = pareto_front(points[k]*[1, sign], np.array(band, float))
     fig, ax = canvas(axis_name(cost, unit), axis_name(metric), (WIDTH, 3.8)); ax.grid(axis='x', color='#eeeeee')
     style = [(~on & there, dict(color=LINE, marker='o', mfc='white')), (on, dict(color=INK, marker='D', mfc=INK))]
@@ -194,7 +194,7 @@ def frontier(
     if fronts: extra = fronts[0]; handles += extra; labels += ['front', f'ties, ±δ = {say(band[1])}'][:len(extra)]
     legend(fig, handles, labels); names = with_losses(q); label_points(ax, points[there]/[scale, 1], [n for n, k in zip(names, there) if k])
     text = best_and_range(f'{axis_name(metric)} against {axis_name(cost)}', dict(zip(names, q['mean'])), higher) + f' On the front: {", ".join(n for n, k in zip(names, on) if k) or "none"}.'
-    return described(fig, text, 'Means with 95 % intervals over seeds in both directions; hollow: another setting is as good and cheaper, or as cheap and better' + (', by more than δ.' if any(band) else '.') + (f' Each {apart} has a front of its own.' if apart else ''))
+    return described(fig, text, 'Means with 95 % intervals over seeds in both directions; hollow: another setting is as good and cheaper, or as cheap and better' + (', by more than δ.' if any(band) else '.') + (' Runs measured apart have a front of their own.' if apart else ''))
 
 # %% ../nbs/33_figures.ipynb #29029ab9
 def draw_front(ax, points:np.ndarray, sign:int, band:float) -> list: # handles
