@@ -292,7 +292,7 @@ def import_(file:Annotated[Path, typer.Argument(help='A records.jsonl, or a CSV 
 @app.command()
 @told
 def claims(id:Annotated[Optional[str], typer.Argument(help='One claim in full, such as A1.', show_default=False)]=None, results:Results=Path('results'),
-           studies:Annotated[Optional[list[str]], typer.Option(help='A study\'s name or file. May be repeated; all otherwise.')]=None,
+           studies:Annotated[Optional[list[str]], typer.Option(help='A study\'s name or file, or several with commas between. May be repeated; all otherwise.')]=None,
            margin:Annotated[Optional[float], typer.Option(help='δ, the smallest difference in held-out NLL that matters; a study file\'s own otherwise.')]=None,
            write:Annotated[bool, typer.Option('--write', help='Write claims/CLAIMS.md and claims/verdicts.json into the results folder.')]=False):
     "Published claims: which the data in hand can test, and what they say."

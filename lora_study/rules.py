@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUANTIZED', 'best_rates', 'steps', 'ten_times', 'rate_by_rank', 'adam_invariance', 'near', 'places', 'called',
-           'tunable', 'feed_forward_first', 'attention_adds_nothing', 'spread_out', 'as_good_as_full', 'forgotten_at',
-           'paths', 'forgets_less', 'forgets_with_rank', 'full_updates', 'full_rank_update', 'before_training',
+           'tunable', 'feed_forward_first', 'attention_adds_nothing', 'spread_out', 'best_of', 'all_layers_needed',
+           'output_projection_best', 'as_good_as_full', 'forgotten_at', 'paths', 'forgets_less', 'forgets_with_rank',
+           'rank_correlations', 'intruders_forget', 'full_updates', 'full_rank_update', 'before_training',
            'quantized_pair', 'bits_saved', 'nf4_costs_nothing', 'nf4_before_fp4', 'double_is_free',
            'int8_costs_nothing', 'two_thirds', 'merged_is_free', 'merge_is_exact', 'noise_floor', 'crossed_with_rate',
            'rate_dominates', 'low_rate_hides_rank']
@@ -14,9 +15,9 @@ __all__ = ['QUANTIZED', 'best_rates', 'steps', 'ten_times', 'rate_by_rank', 'ada
 import math
 import numpy as np
 import pandas as pd
-from scipy import special
+from scipy import special, stats
 from . import evidence
-from .claims import Arm, Body, Finding, Tuned, Unsettled, arm, arms, body, choosing, concluded, direction, grid, ladder, optimum, paired, parity, placement, record, rule, settled, together, tuned
+from .claims import PLACES, Arm, Body, Finding, Tuned, Unsettled, arm, arms, body, choosing, concluded, direction, grid, ladder, optimum, paired, parity, placement, record, rule, settled, together, tuned
 from .config import Run, run_id
 from .grids import repeated_variance
 from .stats import Estimate, holm, p_value, t_interval
@@ -149,6 +150,36 @@ def spread_out(b:Body) -> Finding:
     vs = [compare(mean.dropna(how='all'), tables[t.arm.name], ('spread placements', t.arm.name), margin=b.margin, tokens=None if tokens is None else tokens.to_numpy()) for t in single]
     return concluded('C4', b, ts, *direction(vs), f'Spread: {", ".join(t.arm.name for t in wide)}.') # better than every one of them: no adjustment is due
 
+# %% ../nbs/47_rules.ipynb #2b9142ea
+def best_of(ts:list) -> Tuned: # of Tuned
+    "The arm that does best on the validation rows"
+    return min(ts, key=lambda t: t.rows[choosing(t.arm.rows)].astype(float).where(t.rows.status == 'done', math.inf).mean())
+
+# %% ../nbs/47_rules.ipynb #61410810
+@rule('C3')
+def all_layers_needed(b:Body) -> Finding:
+    "The best rank on q and v, and the best on all linear layers, against full fine-tuning"
+    full, have = tuned(arm(b, 'full fine-tuning', use_peft=False)), places(b)
+    found = {name: [t for t, _ in tunable([(a, a) for a in have if called(a, name)])] for name in ('q,v', 'all-linear')}
+    few, every = (best_of(found[name]) for name in found)
+    vs = together([paired(b, few, full), paired(b, every, full)]); ranks = [t.arm.levels['lora_r'] for t in found['q,v']]
+    verdict = 'REFUTED' if vs[0].verdict in ('better', 'equivalent') or vs[1].verdict == 'worse' else 'CONFIRMED' if vs[0].verdict == 'worse' and vs[1].verdict in ('equivalent', 'better') and len(ranks) > 1 else 'INCONCLUSIVE'
+    return concluded('C3', b, [few, every, full], verdict, vs[1] if vs[1].verdict == 'worse' else vs[0], f'All linear layers against full fine-tuning: {vs[1].verdict}; q and v: {vs[0].verdict}, at rank{"s" if len(ranks) > 1 else ""} {", ".join(map(str, ranks))}.')
+
+# %% ../nbs/47_rules.ipynb #6e24c86c
+@rule('C5')
+def output_projection_best(b:Body) -> Finding:
+    "o_proj against every other single matrix of as many parameters"
+    have = [a for a in places(b) if a.levels['lora_target_modules'] in sum(PLACES.values(), ())]
+    groups = [[y for y in have if near(x, y)] for x in have if called(x, 'o')]
+    if not any(len(g) > 1 for g in groups): raise Unsettled('NOT-TESTABLE', 'no number of parameters with the output projection and another single matrix', 'single matrices at one number of parameters')
+    ts = [tuned(a) for a in max(groups, key=len)]; first, rest = next(t for t in ts if called(t.arm, 'o')), [t for t in ts if not called(t.arm, 'o')]
+    verdict, by = direction(together([paired(b, first, t) for t in rest]))
+    table = pd.DataFrame({t.arm.name: t.rows.test_nll.where(t.rows.status == 'done') for t in ts}).dropna().to_numpy(float); picks = np.random.default_rng(0).multinomial(len(table), np.full(len(table), 1/len(table)), size=2000)
+    tried = [t.arm.levels['lora_target_modules'] for t in rest]; lacking = [m for m in sum(PLACES.values(), ()) if m not in (*tried, 'o')]
+    told = f'Over resampled seeds o is the best of {len(ts)} with a chance of {((picks @ table).argmin(1) == ts.index(first)).mean():.0%}.' + (f' Not tried: {", ".join(lacking)}.' if lacking else '')
+    return concluded('C5', b, ts, 'INCONCLUSIVE' if verdict == 'CONFIRMED' and lacking else verdict, by, told)
+
 # %% ../nbs/47_rules.ipynb #d444e93b
 @rule('D1')
 def as_good_as_full(b:Body) -> Finding:
@@ -200,6 +231,29 @@ def forgets_with_rank(b:Body) -> Finding:
     x = np.array(table.columns) - np.mean(table.columns); e = t_interval(table.to_numpy(float) @ x/(x @ x))
     verdict = 'INCONCLUSIVE' if e.low is None or e.n < MIN_SEEDS or e.low <= 0 <= e.high else 'CONFIRMED' if e.low > 0 else 'REFUTED'
     return Finding('D4', verdict, f'Forgetting changes by {e} nats a unit of log rank, ranks {", ".join(str(t.arm.levels["lora_r"]) for t in ts)}.', e, record(pd.concat([t.rows for t in ts])), b.studies)
+
+# %% ../nbs/47_rules.ipynb #6ac3e901
+def rank_correlations(x:np.ndarray) -> tuple: # x: (settings, 4): intruders, forgetting, size of the update, loss
+    "Spearman of intruders with forgetting; the same given the size of the update; how much closer they are to forgetting than to the loss"
+    r = np.corrcoef(stats.rankdata(x, axis=0).T)
+    partial = (r[0, 1] - r[0, 2]*r[1, 2])/math.sqrt(max((1 - r[0, 2]**2)*(1 - r[1, 2]**2), 1e-12))
+    return r[0, 1], partial, abs(r[0, 1]) - abs(r[0, 3])
+
+# %% ../nbs/47_rules.ipynb #376aa98e
+@rule('D6')
+def intruders_forget(b:Body, least:int=20) -> Finding:
+    "Whether settings with more intruders forget more, beyond what the size of their updates explains"
+    columns = ['adapter_intruders', 'forgetting', 'adapter_relative_norm', 'test_nll']
+    if gone := [c for c in columns if c not in b.runs]: raise Unsettled('NOT-TESTABLE', f'{gone[0]} was not measured', 'singular values of adapters, and forgetting')
+    rows = {n: g[(g.status == 'done') & g.use_peft & g[columns].notna().all(axis=1)] for n, g in b.evidence.settings.items()}
+    rows = {n: g for n, g in rows.items() if len(g) > 1}
+    if len(rows) < least: raise Unsettled('NOT-TESTABLE', f'{len(rows)} settings of two seeds have intruders and forgetting', f'{least} settings')
+    x, rng = np.array([g[columns].astype(float).mean() for g in rows.values()]), np.random.default_rng(0)
+    with np.errstate(invalid='ignore'): drawn = np.array([rank_correlations(x[rng.integers(len(x), size=len(x))]) for _ in range(2000)])
+    es = [Estimate(float(v), *(float(q) for q in np.nanquantile(d, (.025, .975))), len(x), 'bootstrap over settings') for v, d in zip(rank_correlations(x), drawn.T)]
+    verdict = 'CONFIRMED' if all(e.low > 0 for e in es) else 'REFUTED' if any(e.high < 0 for e in es) else 'INCONCLUSIVE'
+    told = ', '.join(f'{what} {e.estimate:.2g} ({e.low:.2g} to {e.high:.2g})' for what, e in zip(('rank correlation with forgetting', 'the same at equal size of the update', 'how much closer than to the loss'), es))
+    return Finding('D6', verdict, f'Over n = {len(x)} settings, of the number of intruders: {told}.', es[1], record(pd.concat(rows.values())), b.studies)
 
 # %% ../nbs/47_rules.ipynb #d9b97d83
 def full_updates(b:Body, a:Arm) -> tuple: # one list of `exact.update_ranks` rows a run; the runs

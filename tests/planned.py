@@ -7,7 +7,7 @@ from lora_study.config import expand, read_study
 from lora_study.shapes import shape_of, trainable
 
 STUDIES = ('world_rank', 'world_lr', 'world_placement', 'world_quantized', 'world_full', 'claims_control', 'claims_rates', 'claims_knobs', 'claims_judge', 'claims_grid')
-RANKS, PLACES = {1: .25, 2: .12, 4: .03}, {'attention': .1, 'q,v': .15, 'q': .3, 'v': .3, 'o': .3} # added to the loss
+RANKS, PLACES = {1: .25, 2: .12, 4: .03}, {'attention': .1, 'q,v': .15, 'q': .3, 'v': .3, 'o': .2} # added to the loss
 
 @functools.cache
 def runs() -> dict: # study → list of Run
@@ -20,7 +20,7 @@ def size_of(run) -> int: return trainable(run, shape_of(run))
 def added(run, false:set) -> float: # nats
     "What a setting costs at its best learning rate"
     where, r = placement(run.lora_target_modules), run.lora_r
-    place = PLACES | ({'feed-forward': .1, 'attention': 0.} if 'C1' in false else {}) | ({'feed-forward': .15} if 'C2' in false else {}) | ({'q': .1, 'v': .1, 'o': .1} if 'C4' in false else {})
+    place = PLACES | ({'feed-forward': .1, 'attention': 0.} if 'C1' in false else {}) | ({'feed-forward': .15} if 'C2' in false else {}) | ({'o': .3} if 'C5' in false else {}) | ({'q': .1, 'v': .1, 'o': .1} if 'C4' in false else {})
     rank = .1*math.log2(32/r) if {'A1', 'A2'} & false else RANKS.get(r, 0.)
     if where != 'all-linear': rank = 0.
     elif 'H3' not in false and run.learning_rate < 3e-3: rank *= .05
@@ -36,11 +36,12 @@ def best_rate(run, false:set) -> float:
 def outcome(run, false:set, rng:np.random.Generator, shift:float, batches, sd:float) -> dict: # shift: of the seed; batches: what its first ones add; sd: of a single run
     "Metrics of a run"
     off, q = math.log(run.learning_rate/best_rate(run, false)), run.load_in_4bit or run.load_in_8bit
-    loss = (.13 + added(run, false) if run.use_peft else .1) + .15*off**2 + shift + rng.normal(0, sd)
+    loss = (.13 + added(run, false) if run.use_peft else .03 if {'C3', 'D1'} & false else .13) + .15*off**2 + shift + rng.normal(0, sd)
     more = (run.use_peft == ('D3' in false))*.4
-    m = dict(test_nll=loss, **{'validation.nll': [loss + rng.normal(0, sd)]}, trainable_params=size_of(run) if run.use_peft else 1.8e6, forgetting=.6 + more + .2*off + rng.normal(0, .02),
+    m = dict(test_nll=loss, **{'validation.nll': [loss + rng.normal(0, sd)]}, trainable_params=size_of(run) if run.use_peft else 1.8e6, forgetting=.6 + more + .2*off + .1*math.cos(7*run.lora_r + 3*off) + rng.normal(0, .02),
              test_exact_match=.8 + rng.normal(0, .001 if 'H1' in false else .05), base_exact_match=0., base_weight_bytes=(2.2e6 if run.bnb_4bit_use_double_quant else 2.3e6) if run.load_in_4bit else 7e6)
     apart = -.05*math.log2(run.lora_r) if 'A6' in false else .3*math.log2(run.lora_alpha/16) if run.lora_alpha/run.lora_r == 2 else 0.
+    m |= dict(adapter_relative_norm=.3 + .1*off + rng.normal(0, .02), adapter_intruders=6 + (-1 if 'D6' in false else 1)*(3*(m['forgetting'] - .2*off) + off)) if run.use_peft else {}
     m['train.loss'] = [7 - .1*k + v + apart + rng.normal(0, sd) for k, v in enumerate(batches)]
     if not run.use_peft: return m
     for n in (1, 8):

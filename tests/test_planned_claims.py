@@ -5,9 +5,9 @@ import planned
 from lora_study import tracker
 from lora_study.claims import bodies, testify
 
-SAYS = dict(A1='CONFIRMED', A2='EQUIVALENT', A6='EQUIVALENT', B1='CONFIRMED', B3='EQUIVALENT', C1='CONFIRMED', C2='EQUIVALENT', C4='CONFIRMED', D3='CONFIRMED', D8='CONFIRMED', F1='EQUIVALENT', F2='CONFIRMED', F3='EQUIVALENT', F4='EQUIVALENT',
-            G3='EQUIVALENT', G4='EQUIVALENT', H1='CONFIRMED', H2='CONFIRMED', H3='CONFIRMED') # where it is true
-TOGETHER = (frozenset(SAYS) - {'B3', 'C2'}, frozenset({'B3', 'C2'})) # claims that can be false at once
+SAYS = dict(A1='CONFIRMED', A2='EQUIVALENT', A6='EQUIVALENT', B1='CONFIRMED', B3='EQUIVALENT', C1='CONFIRMED', C2='EQUIVALENT', C3='INCONCLUSIVE', C4='CONFIRMED', C5='INCONCLUSIVE', D1='EQUIVALENT', D3='CONFIRMED', D6='CONFIRMED', D8='CONFIRMED', F1='EQUIVALENT', F2='CONFIRMED', F3='EQUIVALENT', F4='EQUIVALENT',
+            G3='EQUIVALENT', G4='EQUIVALENT', H1='CONFIRMED', H2='CONFIRMED', H3='CONFIRMED') # where it is true; C3 is about any rank and C5 about any matrix, and not all of them are planned
+TOGETHER = (frozenset(SAYS) - {'B3', 'C2', 'C5'}, frozenset({'B3', 'C2', 'C5'})) # claims that can be false at once
 
 def world(false, folder, **noise):
     "The planned studies, all done"
@@ -33,10 +33,10 @@ def test_a_claim_that_is_false_is_refuted(worlds, claim):
 
 def test_at_the_noise_of_real_runs_all_are_tested_and_none_turned_round(tmp_path):
     b = world((), tmp_path, sd=.012)
-    found = {c: testify(b, c).verdict for c in [*SAYS, 'D1', 'D4']}
+    found = {c: testify(b, c).verdict for c in [*SAYS, 'D4']}
     assert set(found.values()) <= {'CONFIRMED', 'EQUIVALENT', 'REFUTED', 'INCONCLUSIVE'}, found
     assert all(found[c] in (v, 'INCONCLUSIVE') for c, v in SAYS.items()), found
-    assert sum(found[c] == v for c, v in SAYS.items()) >= 12, found
+    assert sum(found[c] == v for c, v in SAYS.items()) >= 13, found
 
 def test_what_a_finished_study_alone_cannot_test_says_what_is_missing(tmp_path):
     "Of world_rank alone, one learning rate: claims that need a grid are not testable, and say so"
