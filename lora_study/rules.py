@@ -6,13 +6,14 @@
 __all__ = ['QUANTIZED', 'best_rates', 'steps', 'ten_times', 'rate_by_rank', 'adam_invariance', 'near', 'places', 'called',
            'tunable', 'feed_forward_first', 'attention_adds_nothing', 'spread_out', 'best_of', 'all_layers_needed',
            'output_projection_best', 'as_good_as_full', 'forgotten_at', 'paths', 'forgets_less', 'forgets_with_rank',
-           'rank_correlations', 'intruders_forget', 'full_updates', 'full_rank_update', 'before_training',
-           'quantized_pair', 'bits_saved', 'nf4_costs_nothing', 'nf4_before_fp4', 'double_is_free',
-           'int8_costs_nothing', 'two_thirds', 'merged_is_free', 'merge_is_exact', 'noise_floor', 'crossed_with_rate',
-           'rate_dominates', 'low_rate_hides_rank']
+           'rank_correlations', 'intruders_forget', 'full_updates', 'full_rank_update', 'foreign_in_full',
+           'intruder_dimensions', 'before_training', 'quantized_pair', 'bits_saved', 'nf4_costs_nothing',
+           'nf4_before_fp4', 'double_is_free', 'int8_costs_nothing', 'two_thirds', 'merged_is_free', 'merge_is_exact',
+           'noise_floor', 'crossed_with_rate', 'rate_dominates', 'low_rate_hides_rank']
 
 # %% ../nbs/47_rules.ipynb #3f8988ea
 import math
+from dataclasses import replace
 import numpy as np
 import pandas as pd
 from scipy import special, stats
@@ -256,15 +257,18 @@ def intruders_forget(b:Body, least:int=20) -> Finding:
     return Finding('D6', verdict, f'Over n = {len(x)} settings, of the number of intruders: {told}.', es[1], record(pd.concat(rows.values())), b.studies)
 
 # %% ../nbs/47_rules.ipynb #d9b97d83
-def full_updates(b:Body, a:Arm) -> tuple: # one list of `exact.update_ranks` rows a run; the runs
-    "Ranks of the weight changes of full fine-tuning, from the weights its runs left"
+def full_updates(
+    b:Body, a:Arm,
+    read, # weights before, weights after (name → tensor) → what is wanted of them
+) -> tuple: # what was read, one a run; the runs
+    "What is to be seen in the weights that runs of full fine-tuning left"
     done = a.rows[a.rows.status == 'done'].to_dict('records') if b.results else []
     kept = [(r, folder) for r in done if (folder := b.results/r['study']/'runs'/r['label']/'final'/'adapter').is_dir()]
     if not kept: return [], pd.DataFrame()
     from lora_study.config import local_path
-    from lora_study.exact import tensors_in, update_ranks
+    from lora_study.exact import tensors_in
     base = tensors_in(local_path(kept[0][0]['model_name_or_path']))
-    return [update_ranks(base, tensors_in(folder)) for _, folder in kept], pd.DataFrame([r for r, _ in kept])
+    return [read(base, tensors_in(folder)) for _, folder in kept], pd.DataFrame([r for r, _ in kept])
 
 # %% ../nbs/47_rules.ipynb #7e2790f0
 @rule('D8')
@@ -273,7 +277,8 @@ def full_rank_update(b:Body, times:float=10.) -> Finding:
     a = arm(b, 'full fine-tuning', use_peft=False)
     if a.rows.empty: raise Unsettled('NOT-TESTABLE', 'no full fine-tuning at home', 'full fine-tuning')
     rows = a.rows[a.rows.learning_rate == tuned(a).optimum.grid_rate]
-    found, used = full_updates(b, Arm(a.name, a.levels, rows))
+    def ranks(*weights): from lora_study.exact import update_ranks; return update_ranks(*weights)
+    found, used = full_updates(b, Arm(a.name, a.levels, rows), ranks)
     if len(found) < 2: raise Unsettled('NOT-TESTABLE', f'the weights of {len(found)} runs of full fine-tuning are at hand', 'the saved weights, under runs/ in the results folder: run the study here')
     r = b.home['lora_r']; part = lambda f, want: np.mean([m[f]/m['full'] for rows in found for m in rows if want in m['module']] or [math.nan])
     e = t_interval([np.mean([m['r90'] for m in rows]) for rows in found])
@@ -281,6 +286,33 @@ def full_rank_update(b:Body, times:float=10.) -> Finding:
     verdict = 'INCONCLUSIVE' if e.n < MIN_SEEDS else 'CONFIRMED' if low > times*r else 'REFUTED' if high < times*r else 'INCONCLUSIVE'
     noise = np.mean([m['r90_random'] for rows in found for m in rows])
     return Finding('D8', verdict, f'The change of a matrix holds 90 % of its energy in {e} directions; ten times the home rank is {times*r:g}, noise of the same shape has {noise:.3g}. As a share of the full rank: feed-forward {part("r90", "mlp"):.2f}, attention {part("r90", "attn"):.2f}.', e, record(used), b.studies)
+
+# %% ../nbs/47_rules.ipynb #cb888521
+def foreign_in_full(before:dict, after:dict) -> float: # of ten directions, a matrix
+    "How many more of a full update's leading directions are foreign to the base than chance brings"
+    from lora_study.spectra import intruders
+    moved = [(before[n], w - before[n]) for n, w in after.items() if w.ndim == 2 and n in before and 'embed' not in n and 'lm_head' not in n and not w.equal(before[n])]
+    counts = [intruders(w, change, draws=3) for w, change in moved]
+    return float(np.mean([c['intruders'] - c['intruders_random'] for c in counts])) if counts else math.nan
+
+# %% ../nbs/47_rules.ipynb #20c892d5
+@rule('D5')
+def intruder_dimensions(b:Body, matter:float=.5) -> Finding: # matter: of ten directions, the smallest number that counts
+    "Foreign directions beyond chance, of LoRA over its ranks and of full fine-tuning"
+    if 'adapter_intruders' not in b.runs: raise Unsettled('NOT-TESTABLE', 'foreign directions were not counted', 'singular values of adapters')
+    have = [g for a in arms(b, 'lora_r') if len(g := a.rows[(a.rows.learning_rate == b.home['learning_rate']) & (a.rows.status == 'done') & a.rows.adapter_intruders.notna()]) > 1]
+    table = pd.DataFrame({g.lora_r.iloc[0]: (g.adapter_intruders - g.adapter_intruders_random).set_axis(g.rep).astype(float) for g in have}).dropna()
+    if len(table) < 2: raise Unsettled('NOT-TESTABLE', f'{len(table)} seeds have foreign directions counted at every rank', 'shared seeds')
+    lora = t_interval(table.mean(axis=1)); told, used = f'Of ten leading directions LoRA, at ranks {", ".join(map(str, table))}, has {lora} more that are foreign to the base than a random update of its spectrum.', have
+    verdict = 'INCONCLUSIVE'
+    if lora.n >= MIN_SEEDS and lora.parts and (p_equivalence(lora, matter) < .05 or lora.high < 0): verdict = 'REFUTED'
+    elif lora.n >= MIN_SEEDS and lora.low is not None and lora.low > 0 and lora.estimate >= matter:
+        a = arm(b, 'full fine-tuning', use_peft=False); found, runs = full_updates(b, replace(a, rows=a.rows[a.rows.learning_rate == tuned(a).optimum.grid_rate]), foreign_in_full)
+        if len(found) < 2: raise Unsettled('NOT-TESTABLE', f'{told} The weights of {len(found)} runs of full fine-tuning are at hand', 'the saved weights of full fine-tuning, under runs/ in the results folder')
+        full = t_interval(found, scale=10.); told += f' Full fine-tuning has {full}.'; used = [*have, runs]
+        high, low = (full.estimate,)*2 if full.low is None else (full.high, full.low)
+        verdict = 'INCONCLUSIVE' if full.n < MIN_SEEDS else 'CONFIRMED' if high < matter else 'REFUTED' if low > matter else 'INCONCLUSIVE'
+    return Finding('D5', verdict, told, lora, record(pd.concat(used)), b.studies)
 
 # %% ../nbs/47_rules.ipynb #8ad8ab48
 QUANTIZED = dict(int8=dict(load_in_8bit=True), nf4=dict(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=False), fp4=dict(load_in_4bit=True, bnb_4bit_quant_type='fp4', bnb_4bit_use_double_quant=False))

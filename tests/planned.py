@@ -42,6 +42,7 @@ def outcome(run, false:set, rng:np.random.Generator, shift:float, batches, sd:fl
              test_exact_match=.8 + rng.normal(0, .001 if 'H1' in false else .05), base_exact_match=0., base_weight_bytes=(2.2e6 if run.bnb_4bit_use_double_quant else 2.3e6) if run.load_in_4bit else 7e6)
     apart = -.05*math.log2(run.lora_r) if 'A6' in false else .3*math.log2(run.lora_alpha/16) if run.lora_alpha/run.lora_r == 2 else 0.
     m |= dict(adapter_relative_norm=.3 + .1*off + rng.normal(0, .02), adapter_intruders=6 + (-1 if 'D6' in false else 1)*(3*(m['forgetting'] - .2*off) + off)) if run.use_peft else {}
+    m |= dict(adapter_intruders_random=m['adapter_intruders'] + rng.normal(0, .1) if 'D5' in false else 3.) if run.use_peft else {}
     m['train.loss'] = [7 - .1*k + v + apart + rng.normal(0, sd) for k, v in enumerate(batches)]
     if not run.use_peft: return m
     for n in (1, 8):
