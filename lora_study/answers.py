@@ -15,9 +15,10 @@ import pandas as pd
 from . import figures, plots
 from .config import Run
 from .evidence import Evidence, best, contrast, delta, mean, notebooks, shown, values
-from .findings import COST_SHARE, MEASURED, Answer, Slice, arguments, by, by_rate, compared, cost, equal_parameters, has, headline, idle, judged, lacking, level_table, limits, plain, quiet, read, seeds_of, shell, signed, slices, told, tuned, undecided, words
+from .findings import COST_SHARE, MEASURED, Answer, Slice, arguments, brief, by, by_rate, compared, cost, equal_parameters, has, headline, idle, judged, lacking, level_table, limits, plain, quiet, read, seeds_of, shell, short, signed, slices, told, tuned, undecided, words
 from .recommend import recommend
 from .report import amount, as_text, md_table, peak_column
+from .stats import mean_interval
 from .verdicts import MIN_SEEDS, Verdict, compare, pareto, phrase
 
 # %% ../nbs/40_answers.ipynb #465a55de
@@ -38,7 +39,7 @@ def rank_memory(e:Evidence, up:str='../') -> Answer: # up: from the page to the 
     low, high = list(part)[0], list(part)[-1]
     memory = cost(part, high, low, peak)
     process = ' On a CPU this is the resident memory of the whole process, of which the adapter is a small part.' if 'rss' in peak else ''
-    return replace(a, sentence=f'{a.sentence.removesuffix(".")}; the peak memory of a training step at {high}, against {low}: {change(memory)}.',
+    return replace(a, also=(*a.also, f'The peak memory of a training step at {high}, against {low}: {change(memory)}.'),
                    figures=(figures.rank_comparison(part.runs), *a.figures), caveats=(*a.caveats, f'Memory is the peak of a warm training step, longest batch first.{process}'))
 
 # %% ../nbs/40_answers.ipynb #45174aa9
@@ -54,7 +55,7 @@ def placement(e:Evidence, field:str, kind:str, usual:tuple, level, about, up:str
     if not equal_rank: missing.append((f'{field} at equal rank.', shell(e, field.rpartition('_')[2], points, seeds_of(e))))
     if not equal_size and size: missing.append(('The same at equal parameters: at equal rank the larger placement has more to learn with.', shell(e, 'budget', [{k: v for k, v in p.items() if k != 'lora_r'} | dict(lora_budget=size) for p in points], seeds_of(e))))
     also = (f'At equal parameters instead of equal rank: {parts[1].sentence}',) if len(parts) > 1 else () if equal_rank else ('These placements train equally many parameters, at different ranks.',)
-    return replace(parts[0], also=also, tables=tuple(x for a in parts for x in a.tables), figures=tuple(x for a in parts for x in a.figures), caveats=tuple(dict.fromkeys(x for a in parts for x in a.caveats)), missing=tuple(missing))
+    return replace(parts[0], also=(*parts[0].also, *also), tables=tuple(x for a in parts for x in a.tables), figures=tuple(x for a in parts for x in a.figures), caveats=tuple(dict.fromkeys(x for a in parts for x in a.caveats)), missing=tuple(missing))
 
 # %% ../nbs/40_answers.ipynb #abffa7d0
 def modules(e:Evidence, up:str='../') -> Answer:
@@ -88,7 +89,7 @@ def quantization(e:Evidence, up:str='../') -> Answer:
     parts = [f'{", ".join(names)} {w}' for w, names in by_verdict.items() if names]
     costs = [f'{list(s.part)[0]} against {whole}, {plots.NAMES.get(c, c)}: {change(cost(s.part, list(s.part)[0], whole, c))}.' for c in ('step_s', peak_column(s.part.runs)) if c and has(s.part, c)]
     first = verdicts[list(s.part)[0]]
-    return replace(a, sentence=f'Against {whole}: {"; ".join(parts)}. {first.sentence}' if len(verdicts) > 1 else first.sentence, verdict=first.verdict, also=tuple(costs))
+    return replace(a, sentence=f'{short(first)}.', verdict=first.verdict, also=(first.sentence, *((f'Against {whole}: {"; ".join(parts)}.',) if len(verdicts) > 1 else ()), *costs))
 
 # %% ../nbs/40_answers.ipynb #d43d1578
 def under_limits(e:Evidence, names:list, peak:str) -> list: # (bytes, the best setting that fits), limits rising
@@ -108,12 +109,12 @@ def memory_limit(e:Evidence, up:str='../') -> Answer:
     need, top, steps = {n: float(values(e, n, peak).mean()) for n in names}, best(e, among=names), under_limits(e, names, peak)
     s = Slice(replace(e, settings={n: e.settings[n] for n in sorted(names, key=need.get)}), {})
     verdicts = judged(e, s, reference=top)[1]
-    verdict, sentence = headline(top, verdicts, 'settings', list(s.part), 'leanest')
+    verdict, sentence, more = headline(top, verdicts, 'settings', list(s.part), 'leanest')
     least = min([top, *(n for n, v in verdicts.items() if v.verdict == 'equivalent')], key=need.get)
     rows = [{'from a limit of': amount(limit, peak), 'best that fits': plain(n), 'NLL': told(mean(e, n), 'test_nll'), f'against {plain(top)}': '' if n == top else signed(verdicts[n]), 'notebooks': notebooks(e, n, up)} for limit, n in steps]
     process = ' It is the resident memory of the whole process here, which changes little with the setting.' if 'rss' in peak else ''
-    text = f'{sentence}; the peak memory of {least} is {told(mean(e, least, peak), peak)} (95 % interval over {len(values(e, least, peak).dropna())} seeds)'
-    return Answer(text + '.', verdict, hindsight(e), tables=(('The best setting under each limit, where it changes.', md_table(rows)), ('Every setting, the one that needs least memory first.', level_table(s, top, verdicts, up=up)), *front(e, names, peak)),
+    memory = f'The peak memory of {least} is {told(mean(e, least, peak), peak)} (95 % interval over {len(values(e, least, peak).dropna())} seeds).'
+    return Answer(f'{sentence}.', verdict, (*more, memory, *hindsight(e)), tables=(('The best setting under each limit, where it changes.', md_table(rows)), ('Every setting, the one that needs least memory first.', level_table(s, top, verdicts, up=up)), *front(e, names, peak)),
                   figures=(figures.frontier(e.runs[e.runs.status == 'done'], e.factors, peak, band=(0., delta(e) or 0.)),), caveats=(*limits(e, s, top), f'Memory is the peak of a warm training step, longest batch first.{process}'), missing=undecided(e, s, top, verdicts))
 
 # %% ../nbs/40_answers.ipynb #4f4782b1
@@ -148,11 +149,12 @@ def inference(e:Evidence, up:str='../') -> Answer:
                     rows.append({'setting': plain(n), 'batch': str(b), 'what': text, 'how': dict(adapter='unmerged', merged='merged')[m], 'n': str(v.comparison.effect.n), 'ms': told(mean(e, n, f'{m}_batch_{b}_{k}'), 'step_s'),
                                  'base, ms': told(mean(e, n, f'base_batch_{b}_{k}'), 'step_s'), 'against the base, ms': signed(v)})
     apart, joined = verdicts[pick, 1, 'token_s', 'adapter'], verdicts.get((pick, 1, 'token_s', 'merged'))
-    slower = float((values(e, pick, 'adapter_batch_1_token_s')/values(e, pick, 'base_batch_1_token_s')).mean())
-    text = f'With {pick} left unmerged a further token takes {slower:.2f} times the base\'s time: {words(apart)}' + (f'; merged: {words(joined)}' if joined else '')
+    ratio = (values(e, pick, 'adapter_batch_1_token_s')/values(e, pick, 'base_batch_1_token_s')).dropna()
+    text = f'With {pick} left unmerged, a further token takes {brief(mean_interval(ratio, np.random.default_rng(0)), "times the base’s time")}'
+    more = (apart.sentence, *((f'Merged: {joined.sentence}',) if joined else ()))
     flips = [f'Merging changes NLL by {phrase(mean(e, pick, "merge_base_nll_change"))} and flips {phrase(mean(e, pick, "merge_base_flipped_tokens"))} first choices.'] if has(e, 'merge_base_flipped_tokens') else []
     enough = () if min(v.comparison.effect.n for v in verdicts.values()) >= MIN_SEEDS else ((f'{MIN_SEEDS} seeds of {plain(pick)}.', shell(e, 'seeds', [arguments(e, pick)], seeds_of(replace(e, settings={pick: e.settings[pick]}), MIN_SEEDS - len(e.settings[pick])))),)
-    return Answer(text + '.', apart.verdict, tuple(flips), (('Time of a token after a prompt of 32 tokens, each run\'s base timed in turn with its adapter.', md_table(rows)),), (figures.inference_latency(e.runs[e.runs.run_id.isin(e.settings[pick].run_id)]),),
+    return Answer(text + '.', apart.verdict, (*more, *flips), (('Time of a token after a prompt of 32 tokens, each run\'s base timed in turn with its adapter.', md_table(rows)),), (figures.inference_latency(e.runs[e.runs.run_id.isin(e.settings[pick].run_id)]),),
                   (f'Slower or faster by less than {COST_SHARE:.0%} of the base\'s time counts as none. A few rounds of short answers on the machine that trained: another machine, or longer answers, may differ.',), enough)
 
 # %% ../nbs/40_answers.ipynb #e5799a2c
@@ -178,7 +180,8 @@ def alpha_learning_rate(e:Evidence, up:str='../') -> Answer:
     o, _ = by_rate(tried)
     other = compared(e, alphas, 'alphas', up) if alphas else Answer('', '')
     both = lambda part: (*getattr(a, part), *getattr(other, part))
-    out = replace(a, sentence=f'{optimum_words(o, len(tried))}. {a.sentence}', also=(f'Alpha: {other.sentence}',) if alphas else (), tables=both('tables'), figures=(figures.rate_lines(rates[0].part.runs), *both('figures')), caveats=tuple(dict.fromkeys(both('caveats'))), missing=(*both('missing'), *more))
+    notes = (o.note[0].upper() + o.note[1:] + '.',) if o.valid and o.note else ()
+    out = replace(a, sentence=f'{optimum_words(o, len(tried))}.', also=(a.sentence, *a.also, *notes, *((f'Alpha: {other.sentence}', *other.also) if alphas else ())), tables=both('tables'), figures=(figures.rate_lines(rates[0].part.runs), *both('figures')), caveats=tuple(dict.fromkeys(both('caveats'))), missing=(*both('missing'), *more))
     if o.valid: return out
     further = near(min(tried), (.1, .3)) if o.grid_rate == min(tried) else near(max(tried), (3, 10)) if o.grid_rate else near(min(tried), (.03, .1, .3))
     return replace(out, verdict='invalid', missing=(('Rates beyond the edge of the grid.', shell(e, 'further', [arguments(rates[0].part, list(rates[0].part)[0]) | dict(learning_rate=r) for r in further], seeds_of(e))), *out.missing))
@@ -188,7 +191,7 @@ def optimum_words(o, tried:int) -> str: # an Optimum; how many rates were tried
     "A learning rate's optimum, or why there is none"
     if not o.valid: return f'No best learning rate can be given ({o.note})'
     interval = f'{o.level:.0%} interval {o.low:.2g} to {o.high:.2g}; ' if o.low is not None else ''
-    return f'The best learning rate lies at {o.rate:.2g} ({interval}{tried} tried; n = {o.n} seed{"s" if o.n != 1 else ""}{"; " + o.note if o.note else ""})'
+    return f'The best learning rate lies at {o.rate:.2g} ({interval}{tried} tried; n = {o.n} seed{"s" if o.n != 1 else ""})'
 
 # %% ../nbs/40_answers.ipynb #5549eb87
 def layers_placement(e:Evidence, up:str='../') -> Answer:
@@ -237,12 +240,13 @@ def full_answer(e:Evidence, a:str, b:str, learnt:Verdict, forgot:Verdict|None, t
     trials = {w: sum(bool(r.use_peft.iloc[0]) == w for r in e.settings.values()) for w in (True, False)}
     unequal = [f'LoRA had {trials[True]} settings to choose from and full fine-tuning {trials[False]}: the longer search is favoured.'] if trials[True] != trials[False] else []
     s = Slice(replace(e, settings={n: e.settings[n] for n in (a, b)}), {})
-    texts = [learnt.sentence, forgot.sentence if forgot else '']
+    known = f'The best of LoRA is {a}, the best of full fine-tuning {b}.'
+    more = (known, learnt.sentence, *((f'Of what the base knew: {short(forgot, "LoRA", "full fine-tuning")}.',) if forgot else ()))
     missing = list(undecided(e, s, b, {a: learnt}))
     if forgot is None: missing.append(('What each forgot: no run read the text its base knew before.', shell(e, 'forgetting', [arguments(e, n) | dict(forgetting_dataset_name='embedded') for n in (a, b)], seeds_of(e))))
     runs = pd.concat([r for t in tried.values() for r in t.values()]); runs = runs[runs.status == 'done'].reset_index(drop=True)
     shown_ = (figures.forgetting_gain(runs.assign(gain=runs.base_nll - runs.test_nll), ['use_peft'], along='learning_rate'),) if forgot and 'base_nll' in runs else ()
-    return Answer(' '.join(t for t in texts if t), learnt.verdict, tables=(('Both at every learning rate tried.', md_table(rows)),), figures=(*shown_, figures.forest([learnt])), caveats=(*few, *unequal, *limits(e, s, b)), missing=tuple(missing))
+    return Answer(f'{short(learnt, "LoRA", "full fine-tuning")}, each at its best.', learnt.verdict, more, tables=(('Both at every learning rate tried.', md_table(rows)),), figures=(*shown_, figures.forest([learnt])), caveats=(*few, *unequal, *limits(e, s, b)), missing=tuple(missing))
 
 # %% ../nbs/40_answers.ipynb #f4b3bd64
 USED = dict(adapter_entropy_rank='directions in use', adapter_relative_norm='‖ΔW‖ / ‖W‖', adapter_amplification='amplification', adapter_amplification_random='of random directions', adapter_intruders='foreign directions of ten', adapter_intruders_random='of random directions ', drift_cka='CKA with the base, last layer')
@@ -271,14 +275,14 @@ def used_of(s:Slice, what:tuple=()) -> Answer:
     v = compare(x, y, (most, before), 'directions in use', margin=COST_SHARE*float(y.mean()), higher_is_better=True)
     rank = int(s.part.settings[most].lora_r.iloc[0])
     against = dict(better=f'more than at {before}', worse=f'fewer than at {before}', equivalent=f'as many as at {before}').get(v.verdict, f'undecided against {before}')
-    text = f'At {most} an adapter uses {phrase(mean(s.part, most, metric))} of its {rank} directions, {against}: the difference is {phrase(v.comparison.effect)}'
-    return Answer(text + '.', dict(better='more', worse='fewer').get(v.verdict, v.verdict), missing=undecided(s.part, s, before, {most: v}))
+    text = f'At {most} an adapter uses {brief(mean(s.part, most, metric), f"of its {rank} directions")}, {against}'
+    return Answer(text + '.', dict(better='more', worse='fewer').get(v.verdict, v.verdict), (f'The difference in directions in use is {phrase(v.comparison.effect)}.',), missing=undecided(s.part, s, before, {most: v}))
 
 # %% ../nbs/40_answers.ipynb #9901f106
 def used_alone(e:Evidence, setting:str) -> Answer:
     "How many directions one setting uses"
     rank = int(e.settings[setting].lora_r.iloc[0])
-    return Answer(f'With {setting} an adapter uses {phrase(mean(e, setting, "adapter_entropy_rank"))} of its {rank} directions; no other rank stands beside it.', 'described')
+    return Answer(f'With {setting} an adapter uses {brief(mean(e, setting, "adapter_entropy_rank"), f"of its {rank} directions")}; no other rank stands beside it.', 'described')
 
 # %% ../nbs/40_answers.ipynb #4df38241
 def foreign(e:Evidence, setting:str) -> tuple: # sentences
@@ -301,13 +305,16 @@ def published(e:Evidence, up:str='../') -> Answer:
     of = {w: [i for i, f in found.items() if f.verdict == w] for w in dict.fromkeys([*DECIDED, *(f.verdict for f in found.values())])}
     decided = [i for w in DECIDED for i in of[w]]
     open_ = next(iter([*of.get('INCONCLUSIVE', ()), *of.get('INVALID-EDGE', ())]), None)
-    counts = ', '.join(f'{len(ids)} {DECIDED.get(w, w.lower().replace("-", " "))}' for w, ids in of.items() if ids or w in DECIDED)
+    counts = ', '.join(f'{len(of[w])} {text}' for w, text in DECIDED.items())
+    least = min((found[i].n for i in decided), default=0)
+    rest = ', '.join(f'{len(ids)} {w.lower().replace("-", " ")}' for w, ids in of.items() if ids and w not in DECIDED)
     first = min(decided, key=lambda i: found[i].effect is None or found[i].effect.low is None, default=open_) # one with an interval, where there is one
-    text = f'Of {len(found)} published claims: {counts}' + (f'; {first}, {CLAIMS[first].name} (n = {found[first].n}): {found[first].sentence}' if first else f'. The first that these runs could be extended to test: {next((f.command for f in found.values() if f.command), "none")}.')
+    text = f'Of {len(found)} published claims these runs decide {len(decided)}: {counts}' + (f'; n = {least} seeds or more.' if decided else '.') + ('' if first else f' The first that they could be extended to test: {next((f.command for f in found.values() if f.command), "none")}.')
+    more = (*((f'{first}, {CLAIMS[first].name} (n = {found[first].n}): {found[first].sentence}',) if first else ()), *((f'The others: {rest}.',) if rest else ()))
     commands = [f.command for f in found.values() if f.command]
     missing = ((f'Studies that would test {len(commands)} more claims; each line writes the file of one.', '\n'.join(commands)),) if commands else ()
     chart = pd.DataFrame([dict(claim=f'{i} {CLAIMS[i].name}', group=FAMILIES[i[0]], verdict=f.verdict) for i, f in found.items()])
-    return Answer(text, 'decided' if decided else 'undecided' if open_ else 'missing', tables=claim_tables(found, up), figures=(figures.claims_overview(chart),),
+    return Answer(text, 'decided' if decided else 'undecided' if open_ else 'missing', more, tables=claim_tables(found, up), figures=(figures.claims_overview(chart),),
                   caveats=('Claims that an exact calculation settles need no runs and are not here.', 'What is published was measured on larger models: a claim refuted here is refuted here.'), missing=missing)
 
 # %% ../nbs/40_answers.ipynb #56dc27ae

@@ -6,11 +6,12 @@
 __all__ = ['VERDICTS', 'READINGS', 'KNOBS', 'PLACES', 'STEP', 'RULES', 'EXACT', 'Finding', 'Unsettled', 'placement', 'key',
            'most', 'Body', 'body', 'bodies', 'Arm', 'arm', 'arms', 'planted', 'valley', 'grid', 'Tuned', 'choosing',
            'optimum', 'tuned', 'settled', 'paired', 'together', 'record', 'parity', 'direction', 'concluded', 'rule',
-           'testify', 'ladder', 'rank_saturates', 'rank_unrelated', 'opening', 'curves_apart', 'early_curves']
+           'testify', 'ladder', 'rank_saturates', 'rank_unrelated', 'opening', 'shared_rate', 'curves_apart',
+           'early_curves']
 
 # %% ../nbs/12_claims.ipynb #fe39687f
 import math, re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -87,10 +88,11 @@ def most(rows:pd.DataFrame, field:str): # the value
 class Body:
     "Comparable runs, and the setting they have in common"
     evidence: Evidence
-    runs: pd.DataFrame  # finished and diverged; with `idle`, `rep` (seed) and `validation_nll`
+    runs: pd.DataFrame  # finished and diverged; with `idle`, `rep` (seed), `validation_nll` and `told` (argument → `key`)
     home: dict          # argument → its most common value
     margin: float|None  # δ of the held-out NLL
     results: Path|None = None # where saved weights are
+    kept: dict = field(default_factory=dict, repr=False, compare=False) # rows of arms that were asked for before: most rules ask for the same
     @property
     def studies(self): return self.evidence.studies
 
@@ -98,10 +100,12 @@ class Body:
 def body(e:Evidence, results=None) -> Body:
     "Evidence with its home"
     runs = e.runs.copy()
-    runs['idle'] = [frozenset(unused(Run.model_construct(**{f: r[f] for f in Run.model_fields}))) for r in runs.to_dict('records')]
-    runs['rep'] = [repetition(r) for r in runs.to_dict('records')]
-    if runs.rep.map(type).nunique() > 1: runs['rep'] = runs.rep.map(str)
     runs['lora_target_modules'] = runs.lora_target_modules.map(placement)
+    rows = runs[list(Run.model_fields)].to_dict('records')
+    runs['idle'] = [frozenset(unused(Run.model_construct(**r))) for r in rows]
+    runs['rep'] = [repetition(r) for r in rows]
+    if runs.rep.map(type).nunique() > 1: runs['rep'] = runs.rep.map(str)
+    runs['told'] = [{f: key(v) for f, v in r.items()} for r in rows]
     last = {(r['study'], r['run_id']): r['value'] for r in e.db.execute("select study, run_id, value, max(step) from metrics where name='validation.nll' and step>=0 group by study, run_id")}
     runs['validation_nll'] = [last.get(k, math.nan) for k in zip(runs.study, runs.run_id)]
     plain = runs[runs.use_peft & ~runs.load_in_4bit & ~runs.load_in_8bit]
@@ -138,11 +142,12 @@ class Arm:
 # %% ../nbs/12_claims.ipynb #14133ff1
 def arm(b:Body, name:str='', **levels) -> Arm:
     "Home with some arguments changed"
-    want = {f: v for f, v in (b.home | levels).items() if f != 'learning_rate' or f in levels}
-    fits = lambda r: all(f in r['idle'] or key(r[f]) == key(v) for f, v in want.items())
-    keep = [fits(r) for r in b.runs.to_dict('records')]
+    want = {f: key(v) for f, v in (b.home | levels).items() if f != 'learning_rate' or f in levels}
+    if (asked := tuple(want.items())) not in b.kept:
+        keep = [all(f in idle or told[f] == v for f, v in asked) for idle, told in zip(b.runs.idle, b.runs.told)]
+        b.kept[asked] = b.runs[keep].drop_duplicates(['rep', 'learning_rate'], ignore_index=True)
     name = name or ', '.join(f'{f}={evidence.shown(v)}' for f, v in levels.items()) or 'home'
-    return Arm(name, levels, b.runs[keep].drop_duplicates(['rep', 'learning_rate'], ignore_index=True))
+    return Arm(name, levels, b.kept[asked])
 
 # %% ../nbs/12_claims.ipynb #d6fa047e
 def arms(b:Body, *fields:str, **levels) -> list: # of Arm, in rising order where there is one
@@ -348,21 +353,32 @@ def opening(b:Body, rows:pd.DataFrame) -> pd.DataFrame: # seeds × steps
     k = math.ceil(w*n if w < 1 else w) + math.ceil(.05*n)
     return pd.DataFrame({s: c[:k] for s, c in curves.items()}).T
 
+# %% ../nbs/12_claims.ipynb #bda7a56a
+def shared_rate(b:Body, have:list) -> tuple: # have: of Arm, the first of which must be there; the rate, the seeds each arm must have at it
+    "The learning rate at which most arms have enough seeds, home's among equals"
+    seeds = lambda a, r: int(((a.rows.learning_rate == r) & (a.rows.status == 'done')).sum())
+    rank = lambda r, least: (sum(seeds(a, r) >= least for a in have), r == b.home['learning_rate'], sum(seeds(a, r) for a in have))
+    for least in (MIN_SEEDS, 2):
+        rates = [r for r in sorted(set(have[0].rows.learning_rate)) if seeds(have[0], r) >= least and rank(r, least)[0] > 1]
+        if rates: return max(rates, key=lambda r: rank(r, least)), least
+    raise Unsettled('NOT-TESTABLE', 'no two arms share seeds and a learning rate', 'the same seeds at one learning rate')
+
 # %% ../nbs/12_claims.ipynb #26e63849
-def curves_apart(b:Body, first:Arm, others:list) -> tuple: # is it parity; the step's interval that settles it; runs
+def curves_apart(b:Body, first:Arm, others:list) -> tuple: # is it parity; the step's interval that settles it; the arms that had enough seeds
     "Openings of arms against the first one's, step by step, within the spread over its seeds"
-    rate = most(first.rows, 'learning_rate'); of = lambda a: opening(b, a.rows[(a.rows.learning_rate == rate) & (a.rows.status == 'done')])
-    x, tests = of(first), []
-    for y in map(of, others):
+    rate, least = shared_rate(b, [first, *others])
+    at = lambda a: a.rows[(a.rows.learning_rate == rate) & (a.rows.status == 'done')]
+    x, tests, others = opening(b, at(first)), [], [a for a in others if len(at(a)) >= least]
+    for y in (opening(b, at(a)) for a in others):
         d = (y - x).dropna()
         if len(d) < 2: continue
         tests += [(t_interval(d[k]), x[k].std()) for k in d if d[k].std() > 0]
-    if not tests: raise Unsettled('NOT-TESTABLE', 'no two arms share seeds and a learning rate', 'the same seeds at one learning rate')
+    if not tests: raise Unsettled('NOT-TESTABLE', f'no two arms share seeds at a learning rate of {rate:g}', 'the same seeds at one learning rate')
     p_same, p_apart = ([p_equivalence(e, sd) for e, sd in tests], [2*special.stdtr(e.n - 1, -abs(e.estimate)/math.sqrt(e.parts[0][0])) for e, sd in tests])
     worst = max(tests, key=lambda t: abs(t[0].estimate)/t[1])
     real = [t for t, p in zip(tests, holm(p_apart)) if p < .05 and abs(t[0].estimate) > t[1]]
     enough = worst[0].n >= MIN_SEEDS
-    return ('EQUIVALENT' if max(p_same) < .05 and enough else 'REFUTED' if real and enough else 'INCONCLUSIVE'), (real or [worst])[0]
+    return ('EQUIVALENT' if max(p_same) < .05 and enough else 'REFUTED' if real and enough else 'INCONCLUSIVE'), (real or [worst])[0], [first, *others]
 
 # %% ../nbs/12_claims.ipynb #b06a5136
 @rule('A6')
@@ -371,13 +387,13 @@ def early_curves(b:Body) -> Finding:
     have = arms(b, 'lora_r')
     if len(have) < 2: raise Unsettled('NOT-TESTABLE', f'{len(have)} rank was run at home', 'several ranks at one learning rate')
     first = max(have, key=lambda a: a.levels['lora_r'])
-    verdict, (e, sd) = curves_apart(b, first, [a for a in have if a is not first])
+    verdict, (e, sd), have = curves_apart(b, first, [a for a in have if a is not first])
     ratio = b.home['lora_alpha']/b.home['lora_r']
     control = [a for r in (a.levels['lora_r'] for a in have) if r != b.home['lora_r'] and len((a := arm(b, lora_r=r, lora_alpha=ratio*r)).rows)]
     told = 'There is no control with alpha in proportion to rank.'
     if control:
-        against, (c, csd) = curves_apart(b, arm(b), control)
+        against, (c, csd), _ = curves_apart(b, arm(b), control)
         told = f'The control, alpha in proportion to rank, differs by up to {abs(c.estimate)/csd:.2g} seed SDs ({against}).'
         if verdict == 'EQUIVALENT' and against == 'EQUIVALENT': verdict = 'INCONCLUSIVE'
-    names = ', '.join(str(a.levels['lora_r']) for a in have)
+    names = ', '.join(str(r) for r in sorted(a.levels['lora_r'] for a in have))
     return Finding('A6', verdict, f'Ranks {names}: at the step where they differ most, by {e.estimate:.3g} nats ({e.low:.3g} to {e.high:.3g}, n = {e.n} seeds), the spread over seeds is {sd:.3g}. {told}', e, record(pd.concat([a.rows for a in have + control])), b.studies)

@@ -230,14 +230,22 @@ def study_named(what:str, db, given:dict) -> tuple: # the study, the ids of its 
 @app.command()
 @told
 def report(what:Annotated[list[str], typer.Argument(metavar='STUDY...', help='Study files, or names of studies in the database. Several make one report together.', show_default=False)], results:Results=Path('results'), set:Override=None,
-           out:Annotated[Optional[Path], typer.Option(help='The folder to write to; otherwise beside the runs, or for several studies in a folder named after all.')]=None):
-    "Write RESULTS.md and report.html again from the database."
-    from lora_study.report import write_joint
+           out:Annotated[Optional[Path], typer.Option(help='The folder to write to; otherwise beside the runs, or for several studies in a folder named after all.')]=None,
+           gate:Annotated[bool, typer.Option(help='Exit code 1 if anything in a later study is worse than in the first beyond noise, or broken.')]=False):
+    "Write RESULTS.md and report.html again from the database; of several studies also what moved between them."
+    from lora_study.report import moves, write_joint
     db = existing_db(results)
     found = [study_named(w, db, overrides(set)) for w in dict.fromkeys(what)]
+    ids = {i for _, its in found for i in its}
+    moved, why = moves(db, [s for s, _ in found], ids) if len(found) > 1 else ([], ['one study'])
+    if gate and not moved: raise BadInput(f'--gate: nothing to compare: {"; ".join(why)}')
     if len(found) == 1 and out is None and any(Path(w).is_file() for w in what): where = report_of(found[0][0], results)
-    else: where = write_joint(db, [s for s, _ in found], results, out, {i for _, ids in found for i in ids})
+    else: where = write_joint(db, [s for s, _ in found], results, out, ids, moved)
     typer.echo(f"{where}\n{where.with_name('report.html')}")
+    if gate:
+        from lora_study.regress import page
+        for m in moved: typer.echo(page(m))
+        raise typer.Exit(1 if any(m.failed for m in moved) else 0)
 
 # %% ../nbs/15_cli.ipynb #e8456948
 @app.command()
@@ -330,7 +338,7 @@ def rebuild(results:Results=Path('results')):
 @app.command()
 @told
 def claims(id:Annotated[Optional[str], typer.Argument(help='One claim in full, such as A1.', show_default=False)]=None, results:Results=Path('results'),
-           studies:Annotated[Optional[list[str]], typer.Option(help='A study\'s name or file. May be repeated; all otherwise.')]=None,
+           studies:Annotated[Optional[list[str]], typer.Option(help='A study\'s name or file, or several with commas between. May be repeated; all otherwise.')]=None,
            margin:Annotated[Optional[float], typer.Option(help='δ, the smallest difference in held-out NLL that matters; a study file\'s own otherwise.')]=None,
            write:Annotated[bool, typer.Option('--write', help='Write claims/CLAIMS.md and claims/verdicts.json into the results folder.')]=False):
     "Published claims: which the data in hand can test, and what they say."

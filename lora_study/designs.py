@@ -27,7 +27,8 @@ def at(where, rank:int) -> dict:
 # %% ../nbs/48_designs.ipynb #8677f1be
 ARMS = dict(A1=RANKS, A2=RANKS[3:], A6=[*RANKS, dict(lora_r=2, lora_alpha='2r'), dict(lora_r=32, lora_alpha='2r')], B1=[HOME, FULL], B3=[RANKS[1], RANKS[3], RANKS[5]],
             C1=[at('feed-forward', 6), at('attention', 10), at('feed-forward', 13), at('attention', 21)], C2=[HOME, at('feed-forward', 8), at('feed-forward', 13)],
-            C4=[at('q,v', 8), at('attention', 4), at('q', 13), at('v', 20), at('o', 13)], D1=[HOME, FULL], D3=[HOME, FULL], D4=RANKS, D8=[FULL], F1=[HOME, DOUBLE], F2=[NF4, FP4], F3=[NF4, DOUBLE], F4=[HOME, INT8],
+            C3=[at('q,v', 8), at('q,v', 32), HOME, FULL], C5=[at('q', 13), at('k', 20), at('v', 20), at('o', 13), at('gate', 7), at('up', 7), at('down', 7)],
+            C4=[at('q,v', 8), at('attention', 4), at('q', 13), at('v', 20), at('o', 13)], D1=[HOME, FULL], D3=[HOME, FULL], D4=RANKS, D5=[*RANKS, FULL], D8=[FULL], F1=[HOME, DOUBLE], F2=[NF4, FP4], F3=[NF4, DOUBLE], F4=[HOME, INT8],
             G3=[HOME], G4=[HOME], H1=[HOME], H2=[HOME, RANKS[1], RANKS[5], at('q,v', 8), dict(per_device_train_batch_size=8), dict(lora_alpha=64)], H3=[RANKS[1], RANKS[5]]) # claim → what its rule compares
 
 # %% ../nbs/48_designs.ipynb #0343d1e1

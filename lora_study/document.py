@@ -211,8 +211,8 @@ nav{font-size:.9rem}nav ul{list-style:none;padding:0;margin:0}nav ul ul{padding-
 .box{overflow-x:auto;margin:.9rem 0 1.3rem;border:1px solid var(--line);border-radius:6px;max-width:max-content}
 table{border-collapse:separate;border-spacing:0;font-size:.875rem;line-height:1.35;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 caption{text-align:left;padding:.55rem .7rem;color:var(--soft);font-size:.85rem;background:var(--wash)}caption span{position:sticky;left:.7rem;display:inline-block;max-width:min(44rem,calc(100vw - 4rem));overflow-wrap:anywhere}
-th,td{padding:.4rem .7rem;text-align:left;vertical-align:top;border-top:1px solid var(--line)}thead th{background:var(--wash);font-weight:600}td{max-width:30rem;overflow-wrap:anywhere}td:not(.n){min-width:6.5rem}td code,th code{white-space:nowrap}tbody th{font-weight:500;min-width:6.5rem;max-width:16rem;overflow-wrap:anywhere}
-.n{text-align:right;white-space:nowrap}thead .n{white-space:normal}
+th,td{padding:.4rem .7rem;text-align:left;vertical-align:top;border-top:1px solid var(--line)}thead th{background:var(--wash);font-weight:600}td{max-width:30rem;overflow-wrap:anywhere}td:not(.n,.w){min-width:6.5rem}td code,th code{white-space:nowrap}tbody th{font-weight:500;min-width:6.5rem;max-width:16rem;overflow-wrap:anywhere}
+.w{min-width:15rem}.n{text-align:right;white-space:nowrap}thead .n{white-space:normal}
 tr>:first-child{position:sticky;left:0;background:var(--paper);box-shadow:1px 0 var(--line)}thead tr>:first-child{background:var(--wash)}tr:target>*,h2:target,h3:target{background:var(--mark)}
 td small,th small{display:block;color:var(--soft);font-size:.76rem}td a{text-decoration-color:color-mix(in srgb,var(--link) 40%,transparent)}
 figure{margin:1.1rem 0 1.4rem;max-width:44rem}figure div{overflow-x:auto}figure img{display:block;width:100%;min-width:30rem;height:auto}figcaption{color:var(--soft);font-size:.85rem;margin-top:.35rem}
@@ -239,7 +239,8 @@ def html_content(c) -> str:
 # %% ../nbs/38_document.ipynb #08ad12c6
 def html_table(t:Table) -> str:
     "A table in a box that scrolls"
-    numbers = [' class="n"' if n else '' for n in number_columns(t)]
+    long = [max((len(plain(r.cells[k])) for r in t.rows), default=0) > 60 for k in range(len(t.columns))] # words, which a phone must not squeeze to one a line
+    numbers = [' class="n"' if n else ' class="w"' if w else '' for n, w in zip(number_columns(t), long)]
     head = ''.join(f'<th scope="col"{n}>{html_content(c)}</th>' for c, n in zip(t.columns, numbers))
     cell = lambda k, c: f'<td{numbers[k]}>{html_content(c)}</td>' if k else f'<th scope="row">{html_content(c)}</th>'
     rows = ''.join('<tr' + f' id="{as_html(r.id)}"'*bool(r.id) + '>' + ''.join(cell(k, c) for k, c in enumerate(r.cells)) + '</tr>\n' for r in t.rows)

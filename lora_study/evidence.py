@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEEDS', 'SAME', 'BY_EXAMPLE', 'HIGHER', 'shown', 'is_off', 'factors_of', 'setting_name', 'repetition', 'Evidence',
            'gather', 'checked', 'values', 'scores', 'higher_is_better', 'mean', 'best', 'base_value', 'gain', 'delta',
-           'finest', 'contrast', 'contrasts', 'notebooks']
+           'finest', 'contrast', 'contrasts', 'imported', 'notebooks']
 
 # %% ../nbs/29_evidence.ipynb #c5f26347
 import math, sqlite3
@@ -208,10 +208,16 @@ def contrasts(
     weight = tables[reference][1] if whole else None
     return compare_all({n: tables[n][0] if whole else values(e, n, metric) for n in names}, reference, metric, tokens=None if weight is None else weight.to_numpy(), **known)
 
+# %% ../nbs/29_evidence.ipynb #ee470e6d
+def imported(df:pd.DataFrame) -> pd.Series: # of bool
+    "Which runs were measured elsewhere"
+    return df.imported_from.notna() if 'imported_from' in df else pd.Series(False, df.index)
+
 # %% ../nbs/29_evidence.ipynb #e8de2383
 def notebooks(
     e:Evidence, setting:str,
     up:str='', # from the page to the results folder: '../' from a study's own
 ) -> str: # markdown
-    "Links to the executed notebooks behind a setting"
-    return ' '.join(f'[seed {s}]({up}{r["notebook"]})' for s, r in e.settings[setting].iterrows() if isinstance(r['notebook'], str))
+    "Links to the executed notebooks behind a setting; `imported` where it was measured elsewhere"
+    rows = e.settings[setting]
+    return ' '.join(f'[seed {s}]({up}{r["notebook"]})' for s, r in rows.iterrows() if isinstance(r['notebook'], str)) or 'imported'*bool(imported(rows).any())

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LINE_HEIGHT', 'LATENCY', 'SERVED', 'VERDICT_MARKS', 'SIGNS', 'estimates', 'whiskers', 'with_losses', 'tint', 'rows',
-           'beside', 'above', 'across', 'log_axis', 'rank_comparison', 'cost_columns', 'label_columns', 'cost_words',
-           'frontier', 'draw_front', 'cost_bars', 'training_time', 'model_size', 'inference_latency', 'curves_of',
-           'loss_bands', 'cell', 'rate_map', 'plain_colours', 'write_cells', 'optimum', 'rate_lines', 'forest',
-           'draw_difference', 'singular_spectra', 'adapter_rows', 'effective_rank', 'forgetting_gain', 'sign_of',
-           'claims_overview', 'key_below']
+           'beside', 'above', 'across', 'log_axis', 'side_by_side', 'rank_comparison', 'cost_columns', 'label_columns',
+           'cost_words', 'frontier', 'draw_front', 'cost_bars', 'training_time', 'model_size', 'inference_latency',
+           'curves_of', 'loss_bands', 'cell', 'rate_map', 'plain_colours', 'write_cells', 'optimum', 'rate_lines',
+           'forest', 'draw_difference', 'singular_spectra', 'adapter_rows', 'effective_rank', 'forgetting_gain',
+           'sign_of', 'claims_overview', 'key_below']
 
 # %% ../nbs/33_figures.ipynb #71a25f0e
 import json, math, re
@@ -105,15 +105,31 @@ def log_axis(axis, low:float, high:float, most:float=8.) -> bool:
     axis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}' if v < 1e4 else f'{v:,.0f}')); axis.set_minor_formatter(NullFormatter())
     return True
 
+# %% ../nbs/33_figures.ipynb #398c36ff
+def side_by_side(df:pd.DataFrame, metric:str, x:str, apart:str) -> Figure: # df: in order of x
+    "Quality along one argument, a line for each group of runs that is shown and not compared"
+    levels, groups = list(df[x].unique()), tracker.settings(df, [apart])
+    fig, ax = canvas(axis_name(x), wrapped(axis_name(metric), 130), (WIDTH, 3.2)); handles, told = [], []
+    for k, (values, g) in enumerate(groups):
+        t = estimates(g, [x], metric); at = np.array([levels.index(v) for v in g[x].unique()]) + .16*(k - (len(groups) - 1)/2)
+        handles.append(ax.errorbar(at, t['mean'], yerr=whiskers(t), capsize=3, ms=5, **look(k)))
+        lost(ax, [i for i, gone in zip(at, t.gone) for _ in range(gone)])
+        told.append(best_and_range(f'{clean(values[apart])}: {axis_name(metric)}', dict(zip([f'{axis_name(x)} {v}' for v in g[x].unique()], t['mean'])), metric.endswith(HIGHER)))
+    ax.set_xlim(-.6, len(levels) - .4); legend(fig, handles, [f'{clean(v[apart])}: mean, 95 % interval over seeds' for v, _ in groups]); settle(fig)
+    across(ax, np.arange(len(levels)), [f'{v:g}' if isinstance(v, (int, float)) else clean(v, 30) for v in levels])
+    return described(fig, ' '.join(told), 'Side by side, not compared: they differ in base, data or test rows.')
+
 # %% ../nbs/33_figures.ipynb #96cfbdc6
 @styled
 def rank_comparison(
     df:pd.DataFrame,     # one row a run, nothing varied but x and the seed
     metric:str='test_nll', x:str='lora_r',
     costs:list=('probe_peak_rss_bytes', 'trainable_params'), # those the runs have
+    apart:str|None=None, # a column whose values are not compared, only shown side by side: such as who measured
 ) -> Figure:
     "Quality with its interval at each rank, and what the rank costs"
     needed(df, 'rank_comparison', [x], [metric]); df = df.sort_values(x, kind='stable')
+    if apart: return side_by_side(df, metric, x, apart)
     if 'seed' in df and (twice := df.duplicated([x, 'seed'])).any(): raise BadInput(f'rank_comparison: {x} = {df[twice][x].iloc[0]} and seed = {df[twice].seed.iloc[0]} are there twice: expected one run each: filter what else was varied')
     costs = [c for c in costs if c in df and np.isfinite(pd.to_numeric(df[c], errors='coerce')).any()]
     t, names = estimates(df, [x], metric), [f'{v:g}' if isinstance(v, (int, float)) else clean(v, 30) for v in df[x].unique()]; at = np.arange(len(t))
@@ -160,21 +176,25 @@ def frontier(
     df:pd.DataFrame, by:list, cost:str='trainable_params', metric:str='test_nll',
     band:tuple=(0., 0.), # differences in cost, in the metric, that are ties
     higher_is_better:bool|None=None, # None: what the metric's name says
+    apart:str|None=None, # a column: settings that differ in it are not compared, and have fronts of their own
 ) -> Figure:
     "Quality against a cost, the efficient settings marked"
     needed(df, 'frontier', by, [cost, metric]); higher = metric.endswith(HIGHER) if higher_is_better is None else higher_is_better
     q, c = estimates(df, by, metric), estimates(df, by, cost); scale, unit = in_unit(c['mean'], cost); sign = -1 if higher else 1
     there = np.isfinite(q['mean']) & np.isfinite(c['mean']); whole = there & (q.gone == 0)
-    points = np.column_stack([c['mean'], q['mean']]); on = np.zeros(len(q), bool); on[whole] = pareto_front(points[whole]*[1, sign], np.array(band, float))
+    points = np.column_stack([c['mean'], q['mean']]); on = np.zeros(len(q), bool)
+    groups = [g[apart].iloc[0] if apart else None for _, g in tracker.settings(df, by)]; mine = [whole & (pd.Series(groups, q.index).map(repr) == g) for g in dict.fromkeys(map(repr, groups))]
+    for k in mine: on[k] = pareto_front(points[k]*[1, sign], np.array(band, float))
     fig, ax = canvas(axis_name(cost, unit), axis_name(metric), (WIDTH, 3.8)); ax.grid(axis='x', color='#eeeeee')
     style = [(~on & there, dict(color=LINE, marker='o', mfc='white')), (on, dict(color=INK, marker='D', mfc=INK))]
     drawn = [ax.errorbar(points[k, 0]/scale, points[k, 1], xerr=whiskers(c[k], scale), yerr=whiskers(q[k]), ls='', ms=5, capsize=2, lw=1, zorder=3, **how) if k.any() else None for k, how in style]
     x = points[there, 0]/scale; ax.margins(x=.12, y=.15); log_axis(ax.xaxis, x.min(), x.max()) or ax.xaxis.set_major_locator(MaxNLocator(6))
     handles, labels = [d for d in drawn if d], [w for d, w in zip(drawn, ('off the front', 'on the front, ties within δ included')) if d]
-    if on.any(): extra = draw_front(ax, points[on]/[scale, 1], sign, band[1]); handles += extra; labels += ['front', f'ties, ±δ = {say(band[1])}'][:len(extra)]
+    fronts = [draw_front(ax, points[on & k]/[scale, 1], sign, band[1]) for k in mine if (on & k).any()]
+    if fronts: extra = fronts[0]; handles += extra; labels += ['front', f'ties, ±δ = {say(band[1])}'][:len(extra)]
     legend(fig, handles, labels); names = with_losses(q); label_points(ax, points[there]/[scale, 1], [n for n, k in zip(names, there) if k])
     text = best_and_range(f'{axis_name(metric)} against {axis_name(cost)}', dict(zip(names, q['mean'])), higher) + f' On the front: {", ".join(n for n, k in zip(names, on) if k) or "none"}.'
-    return described(fig, text, 'Means with 95 % intervals over seeds in both directions; hollow: another setting is as good and cheaper, or as cheap and better' + (', by more than δ.' if any(band) else '.'))
+    return described(fig, text, 'Means with 95 % intervals over seeds in both directions; hollow: another setting is as good and cheaper, or as cheap and better' + (', by more than δ.' if any(band) else '.') + (' Runs measured apart have a front of their own.' if apart else ''))
 
 # %% ../nbs/33_figures.ipynb #29029ab9
 def draw_front(ax, points:np.ndarray, sign:int, band:float) -> list: # handles

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'COST_SHARE', 'Answer', 'read', 'Slice', 'idle', 'grouped', 'slice_of', 'slices', 'by', 'by_rate', 'tuned',
-           'equal_parameters', 'judged', 'words', 'headline', 'told', 'signed', 'plain', 'has', 'level_table',
-           'unit_of', 'cost', 'arguments', 'seeds_of', 'shell', 'lacking', 'undecided', 'limits', 'elsewhere',
-           'compared', 'quiet', 'opening', 'gaps', 'evidence_of', 'reservations', 'pictures', 'png', 'questions',
-           'strip', 'first_output', 'front_matter', 'execute', 'write_findings']
+           'equal_parameters', 'judged', 'words', 'brief', 'apart', 'short', 'headline', 'told', 'signed', 'plain',
+           'has', 'level_table', 'unit_of', 'cost', 'arguments', 'seeds_of', 'shell', 'lacking', 'undecided', 'limits',
+           'elsewhere', 'compared', 'quiet', 'opening', 'gaps', 'evidence_of', 'reservations', 'pictures', 'png',
+           'questions', 'strip', 'first_output', 'front_matter', 'execute', 'write_findings']
 
 # %% ../nbs/30_findings.ipynb #57b84dc0
 import io, json, math, re
@@ -28,7 +28,7 @@ from .verdicts import MIN_SEEDS, Verdict, best_learning_rate, compare
 @dataclass(frozen=True)
 class Answer:
     "What the tracker says to one question"
-    sentence: str        # the answer, or what is missing
+    sentence: str        # the answer, short enough to be read at once: one claim, one interval, n; or what is missing
     verdict: str         # better, equivalent, undecided, invalid, described, or missing
     also: tuple = ()     # further sentences
     tables: tuple = ()   # (caption, markdown)
@@ -165,25 +165,49 @@ def words(v:Verdict) -> str:
     "A verdict's sentence, to stand inside another"
     return v.sentence.removesuffix('.')
 
+# %% ../nbs/30_findings.ipynb #0700275a
+def brief(e:Estimate, unit:str='', flip:bool=False) -> str: # flip: as a magnitude
+    "An estimate in a few words: its interval and n, nothing on how it was made"
+    say = lambda v: ('−' if v < 0 else '')*(not flip) + ('any amount' if math.isinf(v) else f'{abs(v):.3g}')
+    low, high = (e.low, e.high) if not flip or e.estimate is None or e.estimate > 0 or e.low is None else (-e.high, -e.low)
+    size = 'an unknown amount' if e.estimate is None else say(e.estimate) + (f' {unit}' if unit and not math.isinf(e.estimate) else '')
+    return f'{size} (' + ('' if low is None else f'{e.level:.0%} interval {say(low)} to {say(high)}; ') + f'n = {e.n} seed{"s" if e.n != 1 else ""})'
+
+# %% ../nbs/30_findings.ipynb #5783c6f2
+def apart(v:Verdict) -> str:
+    "How far a verdict's two settings are from each other, in a few words"
+    c = v.comparison
+    unit = 'nats' if c.metric in ('test_nll', 'forgetting') else c.metric.rpartition(' in ')[2] if ' in ' in c.metric else ''
+    return brief(c.narrow if v.verdict == 'equivalent' else c.effect, unit, v.verdict in ('better', 'worse')) + (', counting diverged seeds as the worst' if any(c.diverged) else '')
+
+# %% ../nbs/30_findings.ipynb #d12321ef
+def short(v:Verdict, one:str='', other:str='') -> str: # one, other: names in place of the verdict's
+    "A verdict in a few words"
+    c, a, b = v.comparison, one or v.comparison.a, other or v.comparison.b
+    if v.verdict == 'invalid': return f'{a} against {b} cannot be judged: {c.invalid.partition(": extend")[0]}'
+    if v.verdict in ('better', 'worse'): return f'{a} is {v.verdict} than {b} by {apart(v)}'
+    if v.verdict == 'equivalent': return f'{a} ties with {b}: they differ by {apart(v)}'
+    return f'{a} against {b} is undecided: they differ by {apart(v)}'
+
 # %% ../nbs/30_findings.ipynb #56780f68
 def headline(
     reference:str, verdicts:dict, # from `judged`; levels come cheapest first
     kind:str, levels:list,        # what levels are called in the plural; all of them
     cheap:str='smallest',         # what the first of them is
-) -> tuple: # verdict, sentence without its end
+) -> tuple: # verdict, a short sentence without its end, the sentences that say more
     "What a slice comes to"
     says = lambda *w: [n for n in levels if n != reference and verdicts[n].verdict in w]
     size = lambda n: abs(verdicts[n].comparison.effect.estimate if verdicts[n].comparison.effect.estimate is not None else math.inf)
     same, open_, bad = says('equivalent'), says('undecided'), says('invalid')
-    if bad: return 'invalid', f'Which of {len(levels)} {kind} is best cannot be judged: {words(verdicts[bad[0]])}'
-    if len(same) == len(levels) - 1: return 'equivalent', f'A tie: {"both" if len(levels) == 2 else f"all {len(levels)}"} {kind} do equally well; the furthest apart: {words(verdicts[max(same, key=size)])}'
+    more = lambda n: (verdicts[n].sentence, *((f'Undecided against {reference}: {", ".join(open_)}.',) if open_ else ()))
+    if bad: return 'invalid', f'Which of {len(levels)} {kind} is best cannot be judged: {verdicts[bad[0]].comparison.invalid.partition(": extend")[0]}', (verdicts[bad[0]].sentence,)
+    if len(same) == len(levels) - 1: far = max(same, key=size); return 'equivalent', f'A tie: {"both" if len(levels) == 2 else f"all {len(levels)}"} {kind} do equally well; {far} and {reference}, the furthest apart, differ by {apart(verdicts[far])}', more(far)
     first = min([reference, *same], key=levels.index)
-    before = [n for n in open_ if levels.index(n) < levels.index(first)]
-    rest = f'; undecided against {reference}: {", ".join(open_)}' if open_ else ''
-    if first != reference: return 'equivalent', f'{first} is the {cheap} of {len(levels)} {kind} that ties with the best: {words(verdicts[first])}' + (rest if before else '')
-    if not open_ and not same: return 'better', f'{reference} is better than {"the other" if len(levels) == 2 else f"each of the {len(levels) - 1} other"} {kind if len(levels) > 2 else "of 2 " + kind}; the nearest: {words(verdicts[min(verdicts, key=size)])}'
-    if not open_: return 'better', f'{reference} is the {cheap} of {len(levels)} {kind} that no other beats; the nearest: {words(verdicts[min(verdicts, key=size)])}'
-    return 'undecided', f'Undecided: {reference} has the best mean of {len(levels)} {kind}, and {len(open_)} of the others {"are" if len(open_) > 1 else "is"} undecided; the nearest: {words(verdicts[min(open_, key=size)])}'
+    if first != reference: return 'equivalent', f'{first} is the {cheap} of {len(levels)} {kind} that ties with the best, {reference}: they differ by {apart(verdicts[first])}', more(first)
+    at = min(open_ or verdicts, key=size)
+    if open_: return 'undecided', f'Undecided: {reference} has the best mean of {len(levels)} {kind}; {at}, the nearest undecided, differs by {apart(verdicts[at])}', more(at)
+    if not same: return 'better', f'{reference} is better than ' + (f'the other of 2 {kind}, {at}, by' if len(levels) == 2 else f'each of the {len(levels) - 1} other {kind}: the nearest, {at}, by') + f' {apart(verdicts[at])}', more(at)
+    return 'better', f'{reference} is the {cheap} of {len(levels)} {kind} that no other beats; {at}, the nearest, differs by {apart(verdicts[at])}', more(at)
 
 # %% ../nbs/30_findings.ipynb #d5a5a76e
 def told(e:Estimate, metric:str) -> str:
@@ -328,10 +352,10 @@ def compared(
     "The answer of the first slice, with its evidence"
     s = found[0]
     against, verdicts = judged(e, s, metric, reference)
-    verdict, sentence = headline(against, verdicts, kind, list(s.part), cheap)
+    verdict, sentence, more = headline(against, verdicts, kind, list(s.part), cheap)
     where = f', at {plain(s)}' if s.held else ''
     table = (f'{kind.capitalize()}{where}: means with 95 % intervals over seeds; costs from the probe of warm steps before training.', level_table(s, against, verdicts, metric, up, costs))
-    return Answer(sentence + '.', verdict, tables=(table, *elsewhere(e, found[1:], kind)), figures=(figures.forest(list(verdicts.values())),), caveats=limits(e, s, against, metric), missing=undecided(e, s, against, verdicts))
+    return Answer(sentence + '.', verdict, more, tables=(table, *elsewhere(e, found[1:], kind)), figures=(figures.forest(list(verdicts.values())),), caveats=limits(e, s, against, metric), missing=undecided(e, s, against, verdicts))
 
 # %% ../nbs/30_findings.ipynb #804db374
 def quiet(text:str) -> str:

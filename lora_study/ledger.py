@@ -17,9 +17,10 @@ from .report import as_text, md_table
 
 # %% ../nbs/45_ledger.ipynb #790b02cb
 def named(studies) -> tuple: # names or None for all; study → δ
-    "Studies given by name or by file; a file may fix δ"
-    files = {s: read_study(s) for s in studies or () if str(s).endswith(('.yaml', '.yml'))}
-    names = [files[s].name if s in files else s for s in studies or ()]
+    "Studies given by name or by file, or several with commas between; a file may fix δ"
+    studies = [s for w in studies or () for s in str(w).split(',')]
+    files = {s: read_study(s) for s in studies if str(s).endswith(('.yaml', '.yml'))}
+    names = [files[s].name if s in files else s for s in studies]
     return names or None, {f.name: f.margin for f in files.values() if f.margin}
 
 # %% ../nbs/45_ledger.ipynb #67d2fee7
@@ -72,8 +73,8 @@ def page(found:dict) -> str: # markdown, for results/claims/CLAIMS.md
     "All claims and what the runs say"
     interval = lambda e: '' if e is None or e.estimate is None else f'{e.estimate:.3g}' + ('' if e.low is None else f' [{e.low:.3g}, {e.high:.3g}]')
     first = {i: foremost(fs) for i, fs in found.items()}
-    rows = [{'claim': f'[{i}](#{i.lower()})', 'says': as_text(CLAIMS[i].name), 'verdict': f.verdict, 'effect': interval(f.effect), 'n': str(f.n or ''), 'missing': as_text(f.missing)} for i, f in first.items()]
-    parts = ['---\ntitle: Published claims\n---\n\n# Published claims, tested\n\nEach verdict is about the base, the data and the lengths of the runs it links to.', md_table(rows)]
+    rows = [{'claim': f'[{i}](#{i.lower()}) {as_text(CLAIMS[i].name)}', 'verdict': f.verdict, 'effect': interval(f.effect), 'n': str(f.n or ''), 'missing': as_text(f.missing)} for i, f in first.items()]
+    parts = ['---\ntitle: Published claims\n---\n\n# Published claims, tested\n\n' + f'{sum(f.verdict in ORDER[:4] for f in first.values())} of {len(first)} claims are tested, {sum(f.verdict in ORDER[:3] for f in first.values())} of them decided. Each verdict is about the base, the data and the lengths of the runs it links to.', md_table(rows)]
     for letter, title in FAMILIES.items():
         for i in (i for i in found if i[0] == letter):
             c = CLAIMS[i]

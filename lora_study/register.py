@@ -173,7 +173,7 @@ claim('C2', 'attention adds nothing to feed-forward', 'Adapters on attention bes
 # %% ../nbs/36_register.ipynb #940f8307
 claim('C3', 'all layers are needed', 'LoRA on q and v alone stays more than δ behind full fine-tuning at any rank; on all linear layers it does not.',
     [arxiv('2305.14314', 'QLoRA, figure 2'), TORCHTUNE], 'torchtune, TruthfulQA: q,v r 8 0.475, all r 8 0.508, q,v r 64 0.504, all r 64 0.514, one seed.',
-    dict(lora_target_modules=('q,v', 'all-linear'), lora_r=(8, 64, 256), use_peft=(True, False), learning_rate=GRID), 'Full fine-tuning better than the best q,v cell by δ, and equivalent to the best all-linear cell.', 'T~ S+ L+', '"At any rank" needs the rank chosen on validation.')
+    dict(lora_target_modules=('q,v', 'all-linear'), lora_r=(8, 64, 256), use_peft=(True, False), learning_rate=GRID), 'Full fine-tuning better than the best q,v cell by δ, and equivalent to the best all-linear cell: confirmed only with several ranks of q,v, refuted if either fails.', 'T~ S+ L+', '"At any rank" needs the rank chosen on validation.')
 
 # %% ../nbs/36_register.ipynb #fd01c8cc
 claim('C4', 'spread beats concentration', 'With a fixed number of parameters, several matrices at a small rank beat one matrix at a large one.',
@@ -184,7 +184,7 @@ claim('C4', 'spread beats concentration', 'With a fixed number of parameters, se
 # %% ../nbs/36_register.ipynb #e5e9e6fc
 claim('C5', 'the output projection is the best single place', 'Among single modules o_proj gives the lowest loss for its parameters and costs least latency.',
     Source('Amazon Science, Nova 2 Lite, March 2026', 'https://www.amazon.science', 'second hand'), 'o_proj with fc2 1 to 3 points better on 7 tasks.',
-    dict(lora_target_modules=(['q_proj'], ['k_proj'], ['v_proj'], ['o_proj'], ['gate_proj'], ['up_proj'], ['down_proj']), learning_rate=GRID), 'The chance that o_proj is the best, over resampled seeds, at matched parameters.', 'T~ S+ L+', 'Agrees with table 5 of Hu et al. only within noise.')
+    dict(lora_target_modules=(['q_proj'], ['k_proj'], ['v_proj'], ['o_proj'], ['gate_proj'], ['up_proj'], ['down_proj']), learning_rate=GRID), 'Better than each other single matrix of as many parameters, each tuned (Holm): confirmed only with all seven; the chance that it is the best, over resampled seeds, is told.', 'T~ S+ L+', 'Agrees with table 5 of Hu et al. only within noise.')
 
 # %% ../nbs/36_register.ipynb #906679fa
 claim('C6', 'later layers matter more', 'At equal parameters adapters on the last half of the stack beat those on the first; feed-forward adapters cost more memory and time than attention adapters.',
@@ -214,11 +214,11 @@ claim('D4', 'more rank forgets more', 'Forgetting rises with rank at the best ra
 # %% ../nbs/36_register.ipynb #e6538ee6
 claim('D5', 'intruder dimensions', 'Low-rank LoRA brings leading singular directions that the base did not have; full fine-tuning to the same accuracy brings none.',
     arxiv('2410.21228', 'Shuttleworth et al., algorithm 1 and figure 4'), 'RoBERTa at r ≤ 16, LLaMA-2-7B at r ≤ 256; none at r = 2048 or in full fine-tuning.',
-    dict(lora_r=(1, 4, 16, 64), use_peft=(True, False), learning_rate=GRID), 'The count, less that of a random update with the same spectrum, is positive for LoRA and not for full fine-tuning.', 'T~ S+ L+', 'Narrow matrices make cosines large: compare with a null of the same width.')
+    dict(lora_r=(1, 4, 16, 64), use_peft=(True, False), learning_rate=GRID), 'The count, less that of a random update with the same spectrum, is half a direction of ten or more for LoRA and less for full fine-tuning; refuted if LoRA has no more than chance.', 'T~ S+ L+', 'Narrow matrices make cosines large: compare with a null of the same width.')
 
 # %% ../nbs/36_register.ipynb #9e6cec34
 claim('D6', 'intruders go with forgetting', 'The number of intruders goes with forgetting and not with accuracy.', arxiv('2410.21228', 'Shuttleworth et al.'), 'Spearman 0.971 (RoBERTa, over rates), 0.59 (LLaMA-2-7B); with accuracy −0.34.',
-    dict(lora_r=(1, 4, 16), lora_alpha=(8, 32), learning_rate=GRID, forgetting_dataset_name=('embedded',)), 'Spearman over at least 20 settings with an interval; and the partial one, given the size of the update.', 'T+ S+ L+', 'Large updates have both: without the partial correlation it says little.')
+    dict(lora_r=(1, 4, 16), lora_alpha=(8, 32), learning_rate=GRID, forgetting_dataset_name=('embedded',)), 'Spearman over at least 20 settings, the partial one given the size of the update, and how much closer it is than with the loss: confirmed if all three intervals lie above 0, refuted if one lies below.', 'T+ S+ L+', 'Large updates have both: without the partial correlation it says little.')
 
 # %% ../nbs/36_register.ipynb #e74b48f2
 claim('D7', 'taking intruders out', 'Shrinking the top intruder by 0.7 cuts forgetting by a fifth and costs less than δ; shrinking its neighbour does neither.',

@@ -202,6 +202,7 @@ class Moved:
     only: tuple      # settings of a alone, of b alone
     broken: dict     # setting with results in a → why it has none in b
     notes: list
+    runs: dict       # setting → its first run in a, in b: rows of the tracker's frame
     def having(self, word:str) -> list: return [k for k, v in self.verdicts.items() if v.verdict == word]
     @property
     def failed(self) -> bool: return bool(self.having('worse') or self.broken)
@@ -241,7 +242,8 @@ def compare_studies(
     why = {s: ', '.join(sorted(set(g.error_kind.fillna('not finished').map(str)))) for s, g in b.lost[b.lost.status == 'failed'].groupby('setting')} if len(b.lost) else {}
     if few := sum(v.comparison.effect.n < MIN_SEEDS for v in verdicts.values()): notes.append(f'{few} of {len(verdicts)} comparisons have fewer than {MIN_SEEDS} seeds: unless results repeat exactly, they cannot be decided, and undecided is not unchanged')
     only = [n for n in a if n not in b.settings], [n for n in b if n not in a.settings]
-    return Moved(names, verdicts, {k: m for k, (_, m) in found.items()}, differs, only, {s: why[s] for s in only[0] if s in why}, notes)
+    first = {s: tuple(e.settings[s].iloc[0].to_dict() for e in (a, b)) for s in shared}
+    return Moved(names, verdicts, {k: m for k, (_, m) in found.items()}, differs, only, {s: why[s] for s in only[0] if s in why}, notes, first)
 
 # %% ../nbs/37_regress.ipynb #3acbfc47
 def change(v:Verdict) -> str:

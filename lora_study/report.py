@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'SECOND', 'slices', 'questions', 'listed', 'decided', 'picture', 'finding_figures', 'cost_figures',
            'finding', 'summary', 'counts', 'failures', 'limits', 'mixed', 'said', 'licence', 'materials', 'protocol',
-           'machine', 'study_yaml', 'study_of', 'reading', 'methods', 'comparable', 'part', 'recommendation_section',
-           'report_of', 'figures', 'write_pages', 'listed_as', 'check_nothing_lost', 'write_report', 'write_joint']
+           'machine', 'study_yaml', 'study_of', 'reading', 'methods', 'comparable', 'part', 'beside',
+           'recommendation_section', 'moves', 'moved_rows', 'moved_section', 'report_of', 'figures', 'write_pages',
+           'listed_as', 'check_nothing_lost', 'write_report', 'write_joint']
 
 # %% ../nbs/14_report.ipynb #abb80b7f
 import io, json, math
@@ -187,6 +188,7 @@ def protocol(df:pd.DataFrame) -> Table:
 # %% ../nbs/14_report.ipynb #bec44b8f
 def machine(df:pd.DataFrame) -> Table:
     "Where it ran, with what"
+    df = df[~evidence.imported(df)]
     facts = {'machine': f"{said(df, 'device_name')} ({said(df, 'device')}, {said(df, 'threads')} threads), {said(df, 'platform')}", 'base held in': said(df, 'base_dtype'), 'python': said(df, 'python')}
     facts |= {c.removesuffix('_version'): said(df, c) for c in sorted(df) if c.endswith('_version') and c != 'code_version' and df[c].notna().any()}
     facts |= {'lora_study': f"{said(df, 'code_version')} at commit {said(df, 'code_commit')}" + (' with uncommitted changes' if 'code_dirty' in df and df.code_dirty.eq(True).any() else ''), 'runs ended': f'{df.ended.min()} to {df.ended.max()}'}
@@ -231,7 +233,8 @@ def methods(df:pd.DataFrame, studies:list, groups:list, place:Place) -> Section:
     again = '\n'.join([*(f'lora-study import results/{n}/records.jsonl  # the numbers below, without training' for n in names), f"lora-study report {' '.join(names)}  # this page from the database", *(f'lora-study run {n}.yaml  # everything anew: save the study file above under this name' for n in names), 'lora-study show RUN  # one row of the database'])
     parts = [Section('Base and data', (materials(df), Text((split,)))), Section('Protocol', (protocol(df),))]
     parts += [Section('Study file' + (f' {s.name}' if len(studies) > 1 else ''), (Code(study_yaml(s), 'yaml'),)) for s in studies]
-    parts += [Section('To run it again', (Code(again, 'sh'),)), *([Section('Machine and software', (machine(done),))] if len(done) else [])]
+    parts += [Section('To run it again', (Code(again, 'sh'),)), *([Section('Machine and software', (machine(done),))] if len(done[~evidence.imported(done)]) else [])]
+    if evidence.imported(df).any(): parts.append(Section('Measured elsewhere', (Text((f'{evidence.imported(df).sum()} runs were not made here; they were imported from {portable(", ".join(dict.fromkeys(df.imported_from.dropna().str.rpartition(":")[0])))}, and have no notebook to lead to.',)),)))
     return Section('Methods', (*parts, *(Section('How the numbers are made' + (f', {p.key.rstrip("-")}' if p.key else ''), (Bullets(tuple(reading(e, p))),)) for e, p in groups)))
 
 # %% ../nbs/14_report.ipynb #44e8db8b
@@ -255,6 +258,22 @@ def part(e:Evidence, place:Place) -> tuple: # summary (content), sections before
     findings = [Section('Findings', tuple(found))] if found else []
     return summary(e, place, verdicts), [*findings, Section('Settings', (quality_rows(e, place, verdicts), cost_rows(e), *costs))], [Section('Limits', (Bullets(tuple(limits(e))),)), Section('Runs', (run_rows(e, place),))]
 
+# %% ../nbs/14_report.ipynb #43e0287f
+def beside(parts:list) -> list: # of Evidence; of Section, none where nothing was measured elsewhere or nothing here
+    "Our own runs and imported ones in the same plots"
+    from lora_study import figures as drawn
+    taken = [bool(evidence.imported(e.runs).any()) for e in parts]
+    parts = [(e, t) for e, t in zip(parts, taken) if primary(e) == 'test_nll' and len(e) > 1]
+    if len({t for _, t in parts}) < 2: return []
+    name = lambda e, t: f'{" and ".join(e.studies if len(e.studies) == 1 else dict.fromkeys(e.runs.study))}{" (imported)" if t else ""}'
+    rows = lambda e, names, t: pd.concat([e.settings[n] for n in names]).assign(**{'from': name(e, t)})
+    along = [rows(e, max(slices(e, 'lora_r'), key=len), t) for e, t in parts if e.runs.lora_r.nunique() > 1]
+    costly = [rows(e, list(e), t) for e, t in parts if 'trainable_params' in e.runs and e.runs.trainable_params.notna().any()]
+    verdicts = [replace(v, comparison=replace(v.comparison, a=f'{v.comparison.a}{" (imported)"*t}')) for e, t in parts for v in evidence.contrasts(e)]
+    made = [('rank', drawn.rank_comparison(pd.concat(along, ignore_index=True), apart='from'))] if len(along) > 1 else []
+    made += [('frontier', drawn.frontier(pd.concat(costly, ignore_index=True), [*dict.fromkeys(f for e, _ in parts for f in e.factors), 'from'], apart='from'))] if len(costly) > 1 else []
+    return [Section('Beside results measured elsewhere', (Text(('Imported results have another base, other data or other test rows: compare the shapes, not the heights. Each difference below is taken within its own part.',)), *(picture(f'beside_{k}', f, '', '') for k, f in [*made, ('forest', drawn.forest(verdicts))])))]
+
 # %% ../nbs/14_report.ipynb #79503e42
 def recommendation_section(e:Evidence, place:Place) -> list: # of Section; none where there is nothing to choose from
     "What to choose, by goal"
@@ -270,23 +289,59 @@ def recommendation_section(e:Evidence, place:Place) -> list: # of Section; none 
     return [Section('Recommendation', (Table('What to train, by what is wanted.', ('goal', 'setting', 'why', 'what it gives up against the best'), rows), *([Text((told,))] if told else []), *([Text(('What this does not know:',)), Bullets(lacking)] if lacking else []),
                                        Text(('The cheapest within a tie of the best, ready to run with PEFT and TRL:',)), Code(portable(code), 'python')))]
 
+# %% ../nbs/14_report.ipynb #187e60de
+def moves(db, studies:list, ids=None) -> tuple: # of `regress.Moved`: what each later study moved, seen from the first; why there is none
+    "What moved between studies of the same settings"
+    from lora_study.regress import compare_studies # it reads numbers as this module writes them
+    found, why, own = [], [], lambda s: evidence.gather(db, s.name, ids=ids)
+    for s in studies[1:]:
+        try: found.append(compare_studies(own(studies[0]), own(s), (studies[0].name, s.name), s.margin if s.margin == studies[0].margin else None))
+        except BadInput as e: why.append(f'{studies[0].name} and {s.name}: {e}')
+    return found, why
+
+# %% ../nbs/14_report.ipynb #549500b7
+def moved_rows(m, place:Place) -> Table: # m: regress.Moved
+    "What is worse or better, and what no one can tell, with the numbers of both sides"
+    from lora_study.regress import change
+    order, say = ['worse', 'better', 'undecided', 'invalid'], lambda k, side: Span(amount(m.means[k][side], k[1]), place.notebook(m.runs[k[0]][side]))
+    rows = sorted((k for k, v in m.verdicts.items() if v.verdict in order), key=lambda k: order.index(m.verdicts[k].verdict))
+    to = lambda k: place.notebook(m.runs[k[0]][1])
+    def difference(k, v): d, _, interval = change(v).replace('-', '−').partition(' ['); return Span(d, to(k), str(v)), Span(interval.removesuffix(']').replace(', ', ' to '), small=True)
+    cells = lambda k, v: (k[0], plots.NAMES.get(k[1], k[1].replace('_', ' ')), say(k, 0), say(k, 1), difference(k, v), Span(str(v.comparison.effect.n), to(k)), Span(v.verdict, title=str(v)))
+    return Table(f'{m.names[1]} seen from {m.names[0]}: means, the difference with its 95 % interval, p after Holm over {len(m.verdicts)} comparisons.', ('setting', 'metric', *m.names, 'difference', 'n', 'verdict'), tuple(Row(cells(k, m.verdicts[k])) for k in rows), measured=True)
+
+# %% ../nbs/14_report.ipynb #d0a1acad
+def moved_section(m, place:Place) -> Section:
+    "What moved between two studies beyond noise"
+    from lora_study.regress import summary as moved_summary
+    same = {}
+    for s, k in m.having('equivalent'): same.setdefault(k, []).append(s)
+    told = [f'Equivalent in {plots.NAMES.get(k, k.replace("_", " "))}: {", ".join(names)}.' for k, names in same.items()] + [f'Broken in {m.names[1]}: {s} ({why}).' for s, why in m.broken.items()]
+    told += [f'Only in {n}: {"; ".join(o)}.' for n, o in zip(m.names, m.only) if o] + [f'{k} is {", ".join(x)} in {m.names[0]} and {", ".join(y)} in {m.names[1]}.' for k, (x, y) in m.differs.items()]
+    told += [n[0].upper() + n[1:] + '.' for n in m.notes]
+    table = moved_rows(m, place)
+    return Section(f'What moved from {m.names[0]} to {m.names[1]}', (Text((Span(moved_summary(m), strong=True), ' Metrics of quality are paired by seed and example where both sides have the same test rows; times and memory count only on one machine.')), *([table] if table.rows else []), *([Bullets(tuple(map(portable, told)))] if told else [])))
+
 # %% ../nbs/14_report.ipynb #78ed0a96
 def report_of(
     db, studies:list, # of Study
     place:Place,
     ids=None,         # of the runs asked for; None: all that the database has
+    moved=None,       # from `moves`; None: found here
 ) -> Document:
     "A report on one study, or on several together"
     names = [s.name for s in studies]
-    df = pd.concat([tracker.frame(db, n) for n in names], ignore_index=True).drop_duplicates('run_id', ignore_index=True)
+    df = pd.concat([tracker.frame(db, n) for n in names], ignore_index=True)
     df = df if ids is None else df[df.run_id.isin(ids)].reset_index(drop=True)
+    twice = int(df.duplicated('run_id').sum()); df = df.drop_duplicates('run_id', ignore_index=True)
     margin = studies[0].margin if len({s.margin for s in studies}) == 1 else None
     groups = comparable(df) or [('', set())]
     parts = [(name, evidence.gather(db, *names, margin=margin, ids=wanted | (set(df.run_id) if len(groups) == 1 else set())), replace(place, key=f'part-{k}-' if len(groups) > 1 else '')) for k, (name, wanted) in enumerate(groups, 1)]
     told = [(name, p, *part(e, p), recommendation_section(e, p), e) for name, e, p in parts]
-    head = [Text((s.description,)) for s in studies if s.description] + [Text((Span(f'{n}. ', strong=True) if n else '', *text)) for n, _, text, *_ in told] + [Text((counts(df),))]
+    head = [Text((s.description,)) for s in studies if s.description] + [Text((Span(f'{n}. ', strong=True) if n else '', *text)) for n, _, text, *_ in told] + [Text((counts(df) + f' {twice} more have the configuration and seed of a run in an earlier study: outside the section on what moved, they are that run.'*bool(twice),))]
     body = [s for n, _, _, before, after, rec, _ in told for s in ([Section(n, (*before, *rec, *after))] if n else [*before, *rec, *after])]
-    return Document(' and '.join(names), (Section('Summary', tuple(head)), *body, *failures(df, place), methods(df, studies, [(e, p) for _, p, *_, e in told if primary(e)], place)))
+    shifted = [moved_section(m, place) for m in (moves(db, studies, ids)[0] if moved is None else moved)]
+    return Document(' and '.join(names), (Section('Summary', tuple(head)), *shifted, *body, *beside([e for _, e, _ in parts]), *failures(df, place), methods(df, studies, [(e, p) for _, p, *_, e in told if primary(e)], place)))
 
 # %% ../nbs/14_report.ipynb #e5cdc086
 def figures(pieces) -> list: # of Figure
@@ -340,7 +395,8 @@ def write_joint(
     results='results',
     out=None,          # the folder to write to; None: results/<first>+<second>
     ids=None,          # of the runs asked for; None: all that the database has
+    moved=None,        # from `moves`
 ) -> Path: # RESULTS.md
     "Writes a report on several studies, or on one somewhere else; their records stay where they are"
     folder = Path(out) if out else Path(results)/'+'.join(s.name for s in studies)
-    return write_pages(report_of(db, studies, Place(folder, Path(results)), ids), folder)
+    return write_pages(report_of(db, studies, Place(folder, Path(results)), ids, moved), folder)

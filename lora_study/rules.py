@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['QUANTIZED', 'best_rates', 'steps', 'ten_times', 'rate_by_rank', 'adam_invariance', 'near', 'places', 'called',
-           'tunable', 'feed_forward_first', 'attention_adds_nothing', 'spread_out', 'as_good_as_full', 'forgotten_at',
-           'paths', 'forgets_less', 'forgets_with_rank', 'full_updates', 'full_rank_update', 'before_training',
-           'quantized_pair', 'bits_saved', 'nf4_costs_nothing', 'nf4_before_fp4', 'double_is_free',
-           'int8_costs_nothing', 'two_thirds', 'merged_is_free', 'merge_is_exact', 'noise_floor', 'crossed_with_rate',
-           'rate_dominates', 'low_rate_hides_rank']
+           'tunable', 'feed_forward_first', 'attention_adds_nothing', 'spread_out', 'best_of', 'all_layers_needed',
+           'output_projection_best', 'as_good_as_full', 'forgotten_at', 'paths', 'forgets_less', 'forgets_with_rank',
+           'rank_correlations', 'intruders_forget', 'full_updates', 'full_rank_update', 'foreign_in_full',
+           'intruder_dimensions', 'before_training', 'quantized_pair', 'bits_saved', 'nf4_costs_nothing',
+           'nf4_before_fp4', 'double_is_free', 'int8_costs_nothing', 'two_thirds', 'merged_is_free', 'merge_is_exact',
+           'noise_floor', 'crossed_with_rate', 'rate_dominates', 'low_rate_hides_rank']
 
 # %% ../nbs/47_rules.ipynb #3f8988ea
 import math
+from dataclasses import replace
 import numpy as np
 import pandas as pd
-from scipy import special
+from scipy import special, stats
 from . import evidence
-from .claims import Arm, Body, Finding, Tuned, Unsettled, arm, arms, body, choosing, concluded, direction, grid, ladder, optimum, paired, parity, placement, record, rule, settled, together, tuned
+from .claims import PLACES, Arm, Body, Finding, Tuned, Unsettled, arm, arms, body, choosing, concluded, direction, grid, ladder, optimum, paired, parity, placement, record, rule, settled, together, tuned
 from .config import Run, run_id
 from .grids import repeated_variance
 from .stats import Estimate, holm, p_value, t_interval
@@ -149,6 +151,36 @@ def spread_out(b:Body) -> Finding:
     vs = [compare(mean.dropna(how='all'), tables[t.arm.name], ('spread placements', t.arm.name), margin=b.margin, tokens=None if tokens is None else tokens.to_numpy()) for t in single]
     return concluded('C4', b, ts, *direction(vs), f'Spread: {", ".join(t.arm.name for t in wide)}.') # better than every one of them: no adjustment is due
 
+# %% ../nbs/47_rules.ipynb #2b9142ea
+def best_of(ts:list) -> Tuned: # of Tuned
+    "The arm that does best on the validation rows"
+    return min(ts, key=lambda t: t.rows[choosing(t.arm.rows)].astype(float).where(t.rows.status == 'done', math.inf).mean())
+
+# %% ../nbs/47_rules.ipynb #61410810
+@rule('C3')
+def all_layers_needed(b:Body) -> Finding:
+    "The best rank on q and v, and the best on all linear layers, against full fine-tuning"
+    full, have = tuned(arm(b, 'full fine-tuning', use_peft=False)), places(b)
+    found = {name: [t for t, _ in tunable([(a, a) for a in have if called(a, name)])] for name in ('q,v', 'all-linear')}
+    few, every = (best_of(found[name]) for name in found)
+    vs = together([paired(b, few, full), paired(b, every, full)]); ranks = [t.arm.levels['lora_r'] for t in found['q,v']]
+    verdict = 'REFUTED' if vs[0].verdict in ('better', 'equivalent') or vs[1].verdict == 'worse' else 'CONFIRMED' if vs[0].verdict == 'worse' and vs[1].verdict in ('equivalent', 'better') and len(ranks) > 1 else 'INCONCLUSIVE'
+    return concluded('C3', b, [few, every, full], verdict, vs[1] if vs[1].verdict == 'worse' else vs[0], f'All linear layers against full fine-tuning: {vs[1].verdict}; q and v: {vs[0].verdict}, at rank{"s" if len(ranks) > 1 else ""} {", ".join(map(str, ranks))}.')
+
+# %% ../nbs/47_rules.ipynb #6e24c86c
+@rule('C5')
+def output_projection_best(b:Body) -> Finding:
+    "o_proj against every other single matrix of as many parameters"
+    have = [a for a in places(b) if a.levels['lora_target_modules'] in sum(PLACES.values(), ())]
+    groups = [[y for y in have if near(x, y)] for x in have if called(x, 'o')]
+    if not any(len(g) > 1 for g in groups): raise Unsettled('NOT-TESTABLE', 'no number of parameters with the output projection and another single matrix', 'single matrices at one number of parameters')
+    ts = [tuned(a) for a in max(groups, key=len)]; first, rest = next(t for t in ts if called(t.arm, 'o')), [t for t in ts if not called(t.arm, 'o')]
+    verdict, by = direction(together([paired(b, first, t) for t in rest]))
+    table = pd.DataFrame({t.arm.name: t.rows.test_nll.where(t.rows.status == 'done') for t in ts}).dropna().to_numpy(float); picks = np.random.default_rng(0).multinomial(len(table), np.full(len(table), 1/len(table)), size=2000)
+    tried = [t.arm.levels['lora_target_modules'] for t in rest]; lacking = [m for m in sum(PLACES.values(), ()) if m not in (*tried, 'o')]
+    told = f'Over resampled seeds o is the best of {len(ts)} with a chance of {((picks @ table).argmin(1) == ts.index(first)).mean():.0%}.' + (f' Not tried: {", ".join(lacking)}.' if lacking else '')
+    return concluded('C5', b, ts, 'INCONCLUSIVE' if verdict == 'CONFIRMED' and lacking else verdict, by, told)
+
 # %% ../nbs/47_rules.ipynb #d444e93b
 @rule('D1')
 def as_good_as_full(b:Body) -> Finding:
@@ -201,18 +233,42 @@ def forgets_with_rank(b:Body) -> Finding:
     verdict = 'INCONCLUSIVE' if e.low is None or e.n < MIN_SEEDS or e.low <= 0 <= e.high else 'CONFIRMED' if e.low > 0 else 'REFUTED'
     return Finding('D4', verdict, f'Forgetting changes by {e} nats a unit of log rank, ranks {", ".join(str(t.arm.levels["lora_r"]) for t in ts)}.', e, record(pd.concat([t.rows for t in ts])), b.studies)
 
+# %% ../nbs/47_rules.ipynb #6ac3e901
+def rank_correlations(x:np.ndarray) -> tuple: # x: (settings, 4): intruders, forgetting, size of the update, loss
+    "Spearman of intruders with forgetting; the same given the size of the update; how much closer they are to forgetting than to the loss"
+    r = np.corrcoef(stats.rankdata(x, axis=0).T)
+    partial = (r[0, 1] - r[0, 2]*r[1, 2])/math.sqrt(max((1 - r[0, 2]**2)*(1 - r[1, 2]**2), 1e-12))
+    return r[0, 1], partial, abs(r[0, 1]) - abs(r[0, 3])
+
+# %% ../nbs/47_rules.ipynb #376aa98e
+@rule('D6')
+def intruders_forget(b:Body, least:int=20) -> Finding:
+    "Whether settings with more intruders forget more, beyond what the size of their updates explains"
+    columns = ['adapter_intruders', 'forgetting', 'adapter_relative_norm', 'test_nll']
+    if gone := [c for c in columns if c not in b.runs]: raise Unsettled('NOT-TESTABLE', f'{gone[0]} was not measured', 'singular values of adapters, and forgetting')
+    rows = {n: g[(g.status == 'done') & g.use_peft & g[columns].notna().all(axis=1)] for n, g in b.evidence.settings.items()}
+    rows = {n: g for n, g in rows.items() if len(g) > 1}
+    if len(rows) < least: raise Unsettled('NOT-TESTABLE', f'{len(rows)} settings of two seeds have intruders and forgetting', f'{least} settings')
+    x, rng = np.array([g[columns].astype(float).mean() for g in rows.values()]), np.random.default_rng(0)
+    with np.errstate(invalid='ignore'): drawn = np.array([rank_correlations(x[rng.integers(len(x), size=len(x))]) for _ in range(2000)])
+    es = [Estimate(float(v), *(float(q) for q in np.nanquantile(d, (.025, .975))), len(x), 'bootstrap over settings') for v, d in zip(rank_correlations(x), drawn.T)]
+    verdict = 'CONFIRMED' if all(e.low > 0 for e in es) else 'REFUTED' if any(e.high < 0 for e in es) else 'INCONCLUSIVE'
+    told = ', '.join(f'{what} {e.estimate:.2g} ({e.low:.2g} to {e.high:.2g})' for what, e in zip(('rank correlation with forgetting', 'the same at equal size of the update', 'how much closer than to the loss'), es))
+    return Finding('D6', verdict, f'Over n = {len(x)} settings, of the number of intruders: {told}.', es[1], record(pd.concat(rows.values())), b.studies)
+
 # %% ../nbs/47_rules.ipynb #d9b97d83
-def full_updates(b:Body, a:Arm) -> tuple: # one list of `exact.update_ranks` rows a run; the runs
-    "Ranks of the weight changes of full fine-tuning, from the adapter rows of the record or from the weights a run left"
-    from lora_study.exact import tensors_in, update_ranks
+def full_updates(
+    b:Body, a:Arm,
+    read, # weights before, weights after (name → tensor) → what is wanted of them
+) -> tuple: # what was read, one a run; the runs
+    "What is to be seen in the weights that runs of full fine-tuning left"
+    done = a.rows[a.rows.status == 'done'].to_dict('records') if b.results else []
+    kept = [(r, folder) for r in done if (folder := b.results/r['study']/'runs'/r['label']/'final'/'adapter').is_dir()]
+    if not kept: return [], pd.DataFrame()
     from lora_study.config import local_path
-    found, used, base = [], [], None
-    for r in a.rows[a.rows.status == 'done'].to_dict('records'):
-        kept = b.results and b.results/r['study']/'runs'/r['label']/'final'/'adapter'
-        if not kept or not kept.is_dir(): continue
-        if base is None: base = tensors_in(local_path(r['model_name_or_path']))
-        found.append(update_ranks(base, tensors_in(kept))); used.append(r)
-    return found, pd.DataFrame(used)
+    from lora_study.exact import tensors_in
+    base = tensors_in(local_path(kept[0][0]['model_name_or_path']))
+    return [read(base, tensors_in(folder)) for _, folder in kept], pd.DataFrame([r for r, _ in kept])
 
 # %% ../nbs/47_rules.ipynb #7e2790f0
 @rule('D8')
@@ -221,7 +277,8 @@ def full_rank_update(b:Body, times:float=10.) -> Finding:
     a = arm(b, 'full fine-tuning', use_peft=False)
     if a.rows.empty: raise Unsettled('NOT-TESTABLE', 'no full fine-tuning at home', 'full fine-tuning')
     rows = a.rows[a.rows.learning_rate == tuned(a).optimum.grid_rate]
-    found, used = full_updates(b, Arm(a.name, a.levels, rows))
+    def ranks(*weights): from lora_study.exact import update_ranks; return update_ranks(*weights)
+    found, used = full_updates(b, Arm(a.name, a.levels, rows), ranks)
     if len(found) < 2: raise Unsettled('NOT-TESTABLE', f'the weights of {len(found)} runs of full fine-tuning are at hand', 'the saved weights, under runs/ in the results folder: run the study here')
     r = b.home['lora_r']; part = lambda f, want: np.mean([m[f]/m['full'] for rows in found for m in rows if want in m['module']] or [math.nan])
     e = t_interval([np.mean([m['r90'] for m in rows]) for rows in found])
@@ -229,6 +286,33 @@ def full_rank_update(b:Body, times:float=10.) -> Finding:
     verdict = 'INCONCLUSIVE' if e.n < MIN_SEEDS else 'CONFIRMED' if low > times*r else 'REFUTED' if high < times*r else 'INCONCLUSIVE'
     noise = np.mean([m['r90_random'] for rows in found for m in rows])
     return Finding('D8', verdict, f'The change of a matrix holds 90 % of its energy in {e} directions; ten times the home rank is {times*r:g}, noise of the same shape has {noise:.3g}. As a share of the full rank: feed-forward {part("r90", "mlp"):.2f}, attention {part("r90", "attn"):.2f}.', e, record(used), b.studies)
+
+# %% ../nbs/47_rules.ipynb #cb888521
+def foreign_in_full(before:dict, after:dict) -> float: # of ten directions, a matrix
+    "How many more of a full update's leading directions are foreign to the base than chance brings"
+    from lora_study.spectra import intruders
+    moved = [(before[n], w - before[n]) for n, w in after.items() if w.ndim == 2 and n in before and 'embed' not in n and 'lm_head' not in n and not w.equal(before[n])]
+    counts = [intruders(w, change, draws=3) for w, change in moved]
+    return float(np.mean([c['intruders'] - c['intruders_random'] for c in counts])) if counts else math.nan
+
+# %% ../nbs/47_rules.ipynb #20c892d5
+@rule('D5')
+def intruder_dimensions(b:Body, matter:float=.5) -> Finding: # matter: of ten directions, the smallest number that counts
+    "Foreign directions beyond chance, of LoRA over its ranks and of full fine-tuning"
+    if 'adapter_intruders' not in b.runs: raise Unsettled('NOT-TESTABLE', 'foreign directions were not counted', 'singular values of adapters')
+    have = [g for a in arms(b, 'lora_r') if len(g := a.rows[(a.rows.learning_rate == b.home['learning_rate']) & (a.rows.status == 'done') & a.rows.adapter_intruders.notna()]) > 1]
+    table = pd.DataFrame({g.lora_r.iloc[0]: (g.adapter_intruders - g.adapter_intruders_random).set_axis(g.rep).astype(float) for g in have}).dropna()
+    if len(table) < 2: raise Unsettled('NOT-TESTABLE', f'{len(table)} seeds have foreign directions counted at every rank', 'shared seeds')
+    lora = t_interval(table.mean(axis=1)); told, used = f'Of ten leading directions LoRA, at ranks {", ".join(map(str, table))}, has {lora} more that are foreign to the base than a random update of its spectrum.', have
+    verdict = 'INCONCLUSIVE'
+    if lora.n >= MIN_SEEDS and lora.parts and (p_equivalence(lora, matter) < .05 or lora.high < 0): verdict = 'REFUTED'
+    elif lora.n >= MIN_SEEDS and lora.low is not None and lora.low > 0 and lora.estimate >= matter:
+        a = arm(b, 'full fine-tuning', use_peft=False); found, runs = full_updates(b, replace(a, rows=a.rows[a.rows.learning_rate == tuned(a).optimum.grid_rate]), foreign_in_full)
+        if len(found) < 2: raise Unsettled('NOT-TESTABLE', f'{told} The weights of {len(found)} runs of full fine-tuning are at hand', 'the saved weights of full fine-tuning, under runs/ in the results folder')
+        full = t_interval(found, scale=10.); told += f' Full fine-tuning has {full}.'; used = [*have, runs]
+        high, low = (full.estimate,)*2 if full.low is None else (full.high, full.low)
+        verdict = 'INCONCLUSIVE' if full.n < MIN_SEEDS else 'CONFIRMED' if high < matter else 'REFUTED' if low > matter else 'INCONCLUSIVE'
+    return Finding('D5', verdict, told, lora, record(pd.concat(used)), b.studies)
 
 # %% ../nbs/47_rules.ipynb #8ad8ab48
 QUANTIZED = dict(int8=dict(load_in_8bit=True), nf4=dict(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=False), fp4=dict(load_in_4bit=True, bnb_4bit_quant_type='fp4', bnb_4bit_use_double_quant=False))
@@ -253,7 +337,8 @@ def quantized_pair(b:Body, id:str, one:str, other:str|None, decide=parity) -> Fi
 def bits_saved(b:Body, double:Tuned, single:Tuned) -> str:
     "What quantizing the scales saves for each quantized parameter, in words"
     full, bytes_of = arm(b), lambda rows: rows.base_weight_bytes.dropna().median()
-    width = {'float32': 4, 'bfloat16': 2, 'float16': 2}.get(full.rows.get('base_dtype', pd.Series(dtype=object)).dropna().head(1).squeeze() if len(full.rows) else None)
+    held = full.rows.base_dtype.dropna() if 'base_dtype' in full.rows else ()
+    width = {'float32': 4, 'bfloat16': 2, 'float16': 2}.get(held.iloc[0]) if len(held) else None
     if not width or not bytes_of(full.rows) > 0: return ''
     quantized = (bytes_of(full.rows) - bytes_of(single.rows))/(width - .5 - 4/64) # 4 bits and one float32 for 64 of them
     return f'It saves {8*(bytes_of(single.rows) - bytes_of(double.rows))/quantized:.3f} bits for each of {quantized:,.0f} quantized parameters; 0.373 is claimed.'
@@ -364,15 +449,15 @@ def rate_dominates(b:Body, knobs=('lora_r', 'lora_target_modules', 'per_device_t
 @rule('H3')
 def low_rate_hides_rank(b:Body, part:float=.25) -> Finding:
     "The effect of rank at the lowest shared rate against a quarter of it with each rank tuned"
-    ts = ladder(b); first, last = ts[0], ts[-1]
-    rates = sorted(set(first.arm.rows.learning_rate) & set(last.arm.rows.learning_rate))
-    low = next((r for r in rates if r < min(first.optimum.grid_rate, last.optimum.grid_rate)), None)
-    if low is None: raise Unsettled('NOT-TESTABLE', 'no shared learning rate lies below the best of both ranks', 'a low learning rate')
-    at = lambda t: t.arm.rows[(t.arm.rows.learning_rate == low) & (t.arm.rows.status == 'done')].set_index('rep').test_nll
-    d = pd.DataFrame(dict(low=at(first) - at(last), best=first.rows.test_nll - last.rows.test_nll)).dropna().astype(float)
+    ts, at = ladder(b), lambda t, r: t.arm.rows[(t.arm.rows.learning_rate == r) & (t.arm.rows.status == 'done')].set_index('rep').test_nll
+    below = lambda r, seeds: [t for t in ts if r < t.optimum.grid_rate and len(at(t, r)) >= seeds] # ranks that can be judged at a rate below their best
+    low, able = next(((r, have) for seeds in (MIN_SEEDS, 2) for r in sorted({r for t in ts for r in t.arm.rows.learning_rate}) if len(have := below(r, seeds)) > 1), (None, None))
+    if low is None: raise Unsettled('NOT-TESTABLE', 'no shared learning rate lies below the best of two ranks', 'a low learning rate')
+    first, last = able[0], able[-1]
+    d = pd.DataFrame(dict(low=at(first, low) - at(last, low), best=first.rows.test_nll - last.rows.test_nll)).dropna().astype(float)
     if len(d) < 2: raise Unsettled('NOT-TESTABLE', f'{len(d)} seeds have both ranks at both rates', 'shared seeds')
-    real, above, below = t_interval(d.best), t_interval(part*d.best - d.low, .9), t_interval(part*d.best + d.low, .9)
+    real, above, mirrored = t_interval(d.best), t_interval(part*d.best - d.low, .9), t_interval(part*d.best + d.low, .9)
     told = f'From r = {first.arm.levels["lora_r"]} to {last.arm.levels["lora_r"]} the loss falls by {d.best.mean():.3g} with each rank tuned and by {d.low.mean():.3g} at {low:g}; a quarter of the first less the second is {t_interval(part*d.best - d.low)}.'
     if real.low is None or real.low <= 0: verdict, told = 'INCONCLUSIVE', told + ' Rank makes no clear difference at the best rate, so there is nothing to hide.'
-    else: verdict = 'INCONCLUSIVE' if len(d) < MIN_SEEDS or above.low is None or below.low is None else 'CONFIRMED' if min(above.low, below.low) > 0 else 'REFUTED' if above.high < 0 or below.high < 0 else 'INCONCLUSIVE'
+    else: verdict = 'INCONCLUSIVE' if len(d) < MIN_SEEDS or above.low is None or mirrored.low is None else 'CONFIRMED' if min(above.low, mirrored.low) > 0 else 'REFUTED' if above.high < 0 or mirrored.high < 0 else 'INCONCLUSIVE'
     return Finding('H3', verdict, told, t_interval(part*d.best - d.low), record(pd.concat([first.rows, last.rows])), b.studies)

@@ -6,7 +6,7 @@
 __all__ = ['QUALITY', 'LABELS', 'COSTS', 'SHOWN', 'BASE_DEPENDS', 'SHARES', 'md_table', 'amount', 'spread', 'quality_table',
            'cost_table', 'peak_column', 'setting_cells', 'settings_table', 'where_it_ran', 'Place', 'portable',
            'ranged', 'measured', 'primary', 'first_run', 'mean_cell', 'seed_links', 'base_rows', 'quality_rows',
-           'cost_rows', 'run_rows', 'signed', 'verdict_rows']
+           'prediction', 'predicted_cells', 'cost_rows', 'run_rows', 'signed', 'verdict_rows']
 
 # %% ../nbs/39_tables.ipynb #abb80b7f
 import math, os, re
@@ -106,13 +106,17 @@ def settings_table(df:pd.DataFrame, by:list) -> str:
         quality = {t: amount(g[k.replace('test_', 'base_')].median(), k) if k.startswith('test_') else '' for k, t in shown.items()}
         rows.append({'': 'base, no adapter'} | setting_cells(values, by) | {'n': ''} | quality | {'notebooks': ''})
     for r, (values, g) in zip(tracker.over_seeds(df, by, list(shown)).to_dict('records'), tracker.settings(df, by)):
-        links = ' '.join(f"[seed {s}]({Path(n).relative_to(Path(n).parts[0])})" for s, n in zip(g.seed, g.notebook))
+        links = ' '.join(f"[seed {s}]({Path(n).relative_to(Path(n).parts[0])})" for s, n in zip(g.seed, g.notebook) if isinstance(n, str)) or 'imported'*bool(evidence.imported(g).any())
         rows.append({'': 'adapter'} | setting_cells(values, by) | {'n': str(r['n'])} | {t: spread(r[k], r[f'{k}_sd'], k) for k, t in shown.items()} | {'notebooks': links})
     return md_table(rows)
 
 # %% ../nbs/39_tables.ipynb #84dc4584
 def where_it_ran(df:pd.DataFrame) -> str:
     "Machine, software and code of a study's runs; a study of several says so"
+    if len(taken := df[evidence.imported(df)]): said = f'{len(taken)} runs were measured elsewhere and imported from {as_text(", ".join(dict.fromkeys(taken.imported_from.str.rpartition(":")[0])))}.'
+    else: said = ''
+    df = df[~evidence.imported(df)]
+    if df.empty: return said
     one = lambda c: ' and '.join(dict.fromkeys(df[c].dropna().astype(str))) if c in df and df[c].notna().any() else 'unknown'
     versions = ', '.join(f"{p} {one(f'{p}_version')}" for p in ('torch', 'transformers', 'peft'))
     same = ('device_name', 'threads', 'base_dtype', 'torch_version', 'code_version', 'code_commit', 'code_dirty')
@@ -120,7 +124,7 @@ def where_it_ran(df:pd.DataFrame) -> str:
     dirty = ' with uncommitted changes' if 'code_dirty' in df and df.code_dirty.eq(True).any() else ''
     return (f"Measured on {one('device_name')} ({one('device')}, {one('threads')} threads, base in {one('base_dtype')}) with {versions}; "
             f"lora_study {one('code_version')} at commit {one('code_commit')}{dirty}; runs ended {df.ended.min()} to {df.ended.max()}."
-            + (f" **These runs differ in {', '.join(mixed)}: compare their costs with care.**" if mixed else ''))
+            + (f" **These runs differ in {', '.join(mixed)}: compare their costs with care.**" if mixed else '') + (f' {said}' if said else ''))
 
 # %% ../nbs/39_tables.ipynb #122eef43
 @dataclass(frozen=True)
@@ -208,12 +212,31 @@ def quality_rows(e:Evidence, place:Place, verdicts:list) -> Table:
     caption = f'Quality on held-out test rows{f" ({n.max():,.0f})" if n is not None and n.notna().any() else ""}: mean over n seeds, its 95 % interval below. A number leads to its runs.'
     return Table(caption, ('setting', 'n', *(Span(t, title=LABELS.get(m.removeprefix('test_'), '')) for m, t in shown.items()), Span('against the best', title=SHOWN[primary(e)]), Span('notebooks', title='by seed')), tuple(rows), measured=True)
 
+# %% ../nbs/39_tables.ipynb #16cab611
+def prediction(e:Evidence) -> tuple | None: # columns of the peak that was measured and of the one predicted for it
+    "Whether runs know what memory they were expected to need"
+    from lora_study.forecast import COUNTERS
+    peak = peak_column(e.runs)
+    guess = COUNTERS.get(peak)
+    return (peak, guess) if guess in e.runs and e.runs[guess].notna().any() else None
+
+# %% ../nbs/39_tables.ipynb #cb616d21
+def predicted_cells(e:Evidence, setting:str, peak:str, guess:str) -> tuple: # two cells
+    "A predicted peak between its bounds, and the measured one as a share of it"
+    known, to = e.settings[setting].dropna(subset=[peak, guess]), first_run(e, setting)
+    if known.empty: return '–', '–'
+    bounds = [known[c].mean() for c in ('predicted_peak_low_bytes', 'predicted_peak_high_bytes') if c in known] if guess == 'predicted_peak_expected_bytes' else []
+    ratio = known[peak]/known[guess]
+    return (Span(amount(known[guess].mean(), guess), to), Span(f'{amount(bounds[0], guess)} to {amount(bounds[1], guess)}' if len(bounds) == 2 else '', small=True)), Span(f'{ratio.mean():.2f}', to)
+
 # %% ../nbs/39_tables.ipynb #6aa7e79e
 def cost_rows(e:Evidence) -> Table:
-    "What each setting costs"
-    shown = measured(e)
-    rows = tuple(Row((name, Span(str(len(e.settings[name])), first_run(e, name)), *(mean_cell(e, name, m) for m in shown))) for name in e)
-    return Table('Cost: mean over n seeds, its 95 % interval below. A step, tokens a second and peak memory come from a warm probe before training.', ('setting', 'n', *(Span(t, title=COSTS.get(m, '')) for m, t in shown.items())), rows, measured=True)
+    "What each setting costs, and what was predicted"
+    shown, guess = measured(e), prediction(e)
+    cells = lambda name: (*(mean_cell(e, name, m) for m in shown), *(predicted_cells(e, name, *guess) if guess else ()))
+    rows = tuple(Row((name, Span(str(len(e.settings[name])), first_run(e, name)), *cells(name))) for name in e)
+    head = *(Span(t, title=COSTS.get(m, '')) for m, t in shown.items()), *((Span('predicted', title='peak memory, from arguments and shapes alone, between its low and high estimate'), Span('measured / predicted')) if guess else ())
+    return Table('Cost: mean over n seeds, its 95 % interval below. A step, tokens a second and peak memory come from a warm probe before training' + (', the prediction from before anything ran.' if guess else '.'), ('setting', 'n', *head), rows, measured=True)
 
 # %% ../nbs/39_tables.ipynb #54da27b2
 def run_rows(e:Evidence, place:Place) -> Table:
@@ -223,7 +246,7 @@ def run_rows(e:Evidence, place:Place) -> Table:
         for s, r in zip(g.index, g.to_dict('records')):
             to = place.notebook(r)
             cells = [Span(amount(r[m], m), to) if r['status'] == 'done' else '–' for m in shown]
-            rows.append(Row((Span(r['run_id'], to, f"lora-study show {r['run_id']}", code=True), (Span(name, place.setting(e, name)), '' if r['status'] == 'done' else ' (diverged)'), Span(str(s), to), *cells), f"run-{r['run_id']}"))
+            rows.append(Row((Span(r['run_id'], to, f"lora-study show {r['run_id']}", code=True), (Span(name, place.setting(e, name)), ' (imported)'*isinstance(r.get('imported_from'), str) + ('' if r['status'] == 'done' else ' (diverged)')), Span(str(s), to), *cells), f"run-{r['run_id']}"))
     return Table('Every run. A number leads to the executed notebook that measured it; `lora-study show RUN` prints its row of the database.', ('run', 'setting', 'seed', *(Span(t) for t in shown.values())), tuple(rows), measured=True)
 
 # %% ../nbs/39_tables.ipynb #c7fa004a

@@ -51,6 +51,14 @@ def test_the_same_records_give_the_same_bytes(results):
     assert first == second and len(first) == 2
     assert not list((results/'world_rank'/'findings').glob('.*'))
 
+def test_first_sentences_are_short(results):
+    "One claim, one interval and n, to be read at once; an answer that is missing names what is"
+    e = read(['world_rank'], results, .04)
+    for f in (*ASKED, lambda e: answers.alpha_learning_rate(planted(*((dict(learning_rate=r), pair(0., k)[0] + 2*abs(k - 1)) for k, r in enumerate((1e-3, 3e-3, 1e-2)))))):
+        a = f(e); first, *rest = re.split(r'(?<=[.?!]) ', a.sentence)
+        assert len(first.split()) <= 30, first
+        assert (a.verdict == 'missing' and 'cannot answer' in first) or (not rest and len(re.findall('interval', first)) == 1 and 'n = 6 seeds' in first), a.sentence
+
 def test_what_is_missing_is_a_study_that_runs(results, folder):
     e = read(['quick'], results)
     blocks = [text for f in ASKED for _, text in f(e).missing]
@@ -67,7 +75,7 @@ def test_a_planted_winner_is_found():
     (worse, better), (worst, _) = pair(.3), pair(.6)
     a = answers.rank_memory(planted((dict(lora_r=2), worst), (dict(lora_r=8), better), (dict(lora_r=32), worse)))
     assert a.verdict == 'better' and a.sentence.startswith('lora_r=8 is better than each of the 2 other ranks')
-    assert '300' not in a.sentence and 'n = 6 seeds × 60 examples' in a.sentence
+    assert len(a.sentence.split()) <= 30 and re.search(r'by 0\.\d+ nats \(95% interval 0\.\d+ to 0\.\d+; n = 6 seeds\)\.$', a.sentence) and 'n = 6 seeds × 60 examples' in a.also[0]
 
 def test_a_planted_tie_is_a_tie():
     same, also = pair(.002)

@@ -1,8 +1,10 @@
 "Reports on studies that are not the simple case: grids, failures, several bases, several studies, hostile records. Nothing is trained."
 import json
 import pytest
+from typer.testing import CliRunner
 from conftest import ROOT, cli
 from lora_study import evidence, tracker
+from lora_study.cli import app
 from lora_study.config import BadInput, Run, Study, run_id
 from lora_study.document import Table, faults, plain, to_html, to_markdown
 from lora_study.report import Place, report_of, study_of, write_joint, write_report
@@ -112,3 +114,30 @@ def test_a_record_from_before_an_argument_existed_has_its_default(folder):
     db = database(folder, old)
     assert tracker.frame(db, 'quick').optim.eq('adamw_torch').all()
     assert len(evidence.gather(db, 'quick')) == 3
+
+def test_what_moved_between_two_studies_is_in_their_report_and_at_the_gate(folder):
+    six = lambda study, f=1., **more: [changed(r, f*(1 + .002*s), study, seed=s, **more) for r in RECORDS[::2] for s in range(6)]
+    database(folder, six('before') + six('same') + six('worse', 1.5) + six('other', max_steps=99))
+    report = lambda *args: CliRunner().invoke(app, ['report', *args])
+    fine, bad, open_ = report('before', 'same', '--gate'), report('before', 'worse', '--gate'), report('before', 'worse')
+    assert (fine.exit_code, bad.exit_code, open_.exit_code) == (0, 1, 0), fine.output + bad.output + open_.output
+    assert 'worse against before' in bad.output
+    text, page = ((folder/'results/before+worse'/n).read_text() for n in ('RESULTS.md', 'report.html'))
+    assert '## What moved from before to worse' in text and faults(page) == [] and 'href="../before/points/' in page and 'href="../worse/points/' in page
+    apart, alone = report('before', 'other', '--gate'), report('before', '--gate')
+    assert apart.exit_code == 2 and 'no setting in common' in apart.output and alone.exit_code == 2
+
+def test_imported_rows_stand_beside_our_own(folder):
+    from lora_study.elsewhere import import_table
+    from lora_study.tables import settings_table, where_it_ran
+    db = database(folder, RECORDS)
+    (folder/'paper.csv').write_text('rank,seed,loss,base_loss,parameters\n' + ''.join(f'{r},{s},{1 + .1/r + .001*s},3.0,{1000*r}\n' for r in (1, 4, 16) for s in (0, 1)))
+    import_table(db, folder/'paper.csv', 'paper')
+    alone = tracker.frame(db, 'paper')
+    assert settings_table(alone, ['lora_r']).count('imported') == 3 and 'paper.csv' in where_it_ran(alone)
+    mixed = settings_table(tracker.frame(db), ['study', 'lora_r'])
+    assert mixed.count('imported') == 3 and mixed.count('.ipynb)') == 6
+    for names in (('paper',), ('quick', 'paper')):
+        doc = page_of(db, folder, *names); page, text = to_html(doc), to_markdown(doc)
+        assert faults(page) == [] and 'imported from paper.csv' in text and '(imported)' in text
+    assert all(f'beside_{k}.svg' in text for k in ('rank', 'frontier', 'forest')), text[-3000:]
