@@ -154,11 +154,12 @@ def scored_logits(model, inputs:dict, scored:torch.Tensor) -> torch.Tensor: # sc
     hidden = base.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     return base.get_output_embeddings()(hidden[scored])
 
-# %% ../nbs/55_fast.ipynb #166afb72
+# %% ../nbs/55_fast.ipynb #493ae584
 def normed(x:torch.Tensor, w:torch.Tensor, eps:float) -> tuple: # x: (tokens, width); → the norm, 1/root mean square (tokens, 1) float32
-    "RMSNorm"
-    inv = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (x*inv).to(x.dtype).mul_(w), inv
+    "RMSNorm, a few hundred tokens at a time: what is widened stays in the cache"
+    n, inv = torch.empty_like(x), torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    for out, part, by in zip(*(t.split(256) for t in (n, x, inv))): out.copy_(part*by).mul_(w)
+    return n, inv
 
 # %% ../nbs/55_fast.ipynb #2cf0d776
 def unnormed(dn:torch.Tensor, x:torch.Tensor, inv:torch.Tensor, w:torch.Tensor, into:torch.Tensor) -> torch.Tensor: # dn is used up
@@ -167,27 +168,29 @@ def unnormed(dn:torch.Tensor, x:torch.Tensor, inv:torch.Tensor, w:torch.Tensor, 
     s = (g*x).sum(-1, keepdim=True, dtype=torch.float32)
     return into.addcmul_(g, inv.to(x.dtype)).addcmul_(x, (s*inv.pow(3)/-x.shape[-1]).to(x.dtype))
 
-# %% ../nbs/55_fast.ipynb #a455d487
-def rotate(y:torch.Tensor, cos:torch.Tensor, sin:torch.Tensor, head_dim:int, back:bool=False): # all (tokens, heads × head_dim); sin: its first half of each head negated
+# %% ../nbs/55_fast.ipynb #93b3c58b
+def rotate(heads:torch.Tensor, cos:torch.Tensor, sin:torch.Tensor, back:bool=False): # heads: (tokens, heads, head_dim); cos, sin: (tokens, 1, head_dim/2)
     "Rotary positions, in place"
-    crossed = y.unflatten(-1, (-1, 2, head_dim//2)).flip(-2).view(len(y), -1)
-    y.mul_(cos).addcmul_(crossed, sin, value=-1 if back else 1)
+    one, two = heads.chunk(2, -1)
+    turned = (one*cos).addcmul_(two, sin, value=1 if back else -1)
+    two.mul_(cos).addcmul_(one, sin, value=-1 if back else 1)
+    one.copy_(turned)
 
-# %% ../nbs/55_fast.ipynb #d97f5339
+# %% ../nbs/55_fast.ipynb #153cdd6b
 class Reading(torch.autograd.Function):
     "Norm, then query, key and value with their adapters and positions"
     @staticmethod
     def forward(ctx, x, block, step, *params):
         n, inv = normed(x, block.norms[0], block.eps)
         y, hs = project(block.qkv, n, block.pairs['qkv'], step.spans)
-        rotate(y[:, :block.turned], step.cos, step.sin, block.head_dim)
+        rotate(block.turning(y), step.cos, step.sin)
         ctx.block, ctx.step = block, step
         ctx.save_for_backward(x, inv, n, *hs)
         return y, x.view_as(x)
     @staticmethod
     def backward(ctx, dy, dx): # both made by this file, and used up
         (x, inv, n, *hs), block, step, need = ctx.saved_tensors, ctx.block, ctx.step, ctx.needs_input_grad[0]
-        rotate(dy[:, :block.turned], step.cos, step.sin, block.head_dim, back=True)
+        rotate(block.turning(dy), step.cos, step.sin, back=True)
         dn, grads = unproject(block.qkv, dy, n, hs, block.pairs['qkv'], step.spans, need)
         return unnormed(dn, x, inv, block.norms[0], dx) if need else None, None, None, *grads
 
@@ -282,14 +285,14 @@ def attend(y:torch.Tensor, block, step) -> torch.Tensor: # y: (tokens, q|k|v); �
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=block.scale, enable_gqa=block.heads != block.kv_heads)
     return out.transpose(1, 2).flatten(2).flatten(0, 1)[step.cell]
 
-# %% ../nbs/55_fast.ipynb #3e03fcf1
+# %% ../nbs/55_fast.ipynb #8385ac4d
 @dataclass
 class Step:
     "What the layers need to know of one batch"
     spans: list        # a run: the slice of its tokens
     lengths: list      # tokens of each example
-    cos: torch.Tensor  # (tokens, columns of query and key)
-    sin: torch.Tensor  # the first half of each head negated
+    cos: torch.Tensor  # (tokens, 1, head_dim/2)
+    sin: torch.Tensor
     cell: torch.Tensor # (tokens,): each token's place when padded
     @property
     def longest(self): return max(self.lengths)
@@ -297,7 +300,7 @@ class Step:
 # %% ../nbs/55_fast.ipynb #2e8fa911
 SITES = dict(qkv=('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'), o=('self_attn.o_proj',), gu=('mlp.gate_proj', 'mlp.up_proj'), down=('mlp.down_proj',))
 
-# %% ../nbs/55_fast.ipynb #094efac3
+# %% ../nbs/55_fast.ipynb #609a54fa
 class Block:
     "One decoder layer, with the adapters of one run or several"
     def __init__(self, layers:list): # the layer in each run's model; the base's weights are read from the first
@@ -307,7 +310,6 @@ class Block:
         self.pairs = {name: [[pair(l.get_submodule(p)) for p in paths] for l in layers] for name, paths in SITES.items()}
         self.head_dim, self.scale, self.widths = attention.head_dim, attention.scaling, [l.out_features for l in self.qkv.linears]
         self.heads, self.kv_heads = (w//self.head_dim for w in self.widths[:2])
-        self.turned = sum(self.widths[:2]) # columns of query and key
         norms = layers[0].input_layernorm, layers[0].post_attention_layernorm
         self.norms, self.eps = [n.weight for n in norms], norms[0].variance_epsilon
     def only(self, which:list): # → the same layer with some of the runs
@@ -315,6 +317,7 @@ class Block:
         b.pairs = {name: [all_[i] for i in which] for name, all_ in self.pairs.items()}
         return b
     def params(self, *names): return [t for s in names for mine in self.pairs[s] for p in mine if p for t in (p.A, p.B)]
+    def turning(self, y): return y[:, :sum(self.widths[:2])].unflatten(-1, (-1, self.head_dim))
     def split(self, y): # → query, key, value: (1, heads, tokens, head_dim)
         q, k, v = y.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)[None].split([w//self.head_dim for w in self.widths], 1)
         return (q, k, v) if self.heads == self.kv_heads else (q, *(t.repeat_interleave(self.heads//self.kv_heads, 1) for t in (k, v)))
@@ -373,7 +376,7 @@ def flat_batch(batch:dict) -> tuple: # ids, positions, targets (−100: none), e
     put = lambda t, fill: t.new_full((int(room.sum()),), fill).index_copy_(0, at, t[real])
     return put(batch['input_ids'], 0), put(positions, 0), put(F.pad(batch['labels'][:, 1:], (0, 1), value=-100), -100), room.tolist()
 
-# %% ../nbs/55_fast.ipynb #56f92ec0
+# %% ../nbs/55_fast.ipynb #0be0fbdc
 class Flat:
     "The training forward of one model, or of several that share a base: batches in (a model each, on the CPU), summed losses out"
     def __init__(self, models:list):
@@ -392,9 +395,7 @@ class Flat:
         if more := rounded(ends[-1]) - ends[-1]: lengths.append(more); ends[-1] += more
         ids, positions, targets = (F.pad(torch.cat([p[i] for p in parts]), (0, more), value=fill).to(device) for i, fill in enumerate((0, 0, -100)))
         with torch.no_grad(): x = body.embed_tokens(ids)
-        cos, sin = (t[0] for t in body.rotary_emb(x[None], positions[None]))
-        signed = torch.cat([-sin.chunk(2, -1)[0], sin.chunk(2, -1)[1]], -1)
-        cos, sin = (t.repeat(1, self.blocks[0].turned//t.shape[-1]) for t in (cos, signed))
+        cos, sin = (t[0, :, None].chunk(2, -1)[0].contiguous() for t in body.rotary_emb(x[None], positions[None]))
         cell = torch.cat([torch.arange(n) + i*max(lengths) for i, n in enumerate(lengths)]).to(device)
         return Step([slice(*e) for e in zip(ends, ends[1:])], lengths, cos, sin, cell), x, targets
     def __call__(self, batches:list) -> torch.Tensor: # (models,) nats
