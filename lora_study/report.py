@@ -102,8 +102,9 @@ def finding(e:Evidence, place:Place, title:str, factors:list, among:list, verdic
     held = [f'{f}={evidence.shown(e.settings[top][f].iloc[0])}' for f in e.factors if f not in factors]
     also = []
     for m in others:
-        first = evidence.best(e, m, among)
-        also.append((f'By {plots.NAMES.get(m, LABELS[m.removeprefix("test_")])}, the best is ', Span(first, place.setting(e, first)), ' (', mean_cell(e, first, m)[0], '); ', decided(e, evidence.contrasts(e, first, m, among), place)))
+        first, named = evidence.best(e, m, among), plots.NAMES.get(m, LABELS[m.removeprefix('test_')])
+        if len({v for s in among for v in evidence.values(e, s, m)}) == 1: also.append((f'By {named}, all are at ', mean_cell(e, first, m)[0], '.')); continue
+        also.append((f'By {named}, the best is ', Span(first, place.setting(e, first)), ' (', mean_cell(e, first, m)[0], '); ', decided(e, evidence.contrasts(e, first, m, among), place)))
     best = evidence.mean(e, top, metric)
     answer = (Span(f'{top} has the {"highest" if evidence.higher_is_better(metric) else "lowest"} {plots.NAMES.get(metric, metric)}', strong=True), ', ', mean_cell(e, top, metric)[0], f' ({ranged(best, metric)})' if best.low is not None else '', '; ', decided(e, verdicts, place))
     return Section(title, (Text((f'With {", ".join(held)}. ' if held else '', answer)), verdict_rows(e, verdicts, place), Bullets(tuple(str(v) for v in verdicts[:12])), *(Text(a) for a in also), *finding_figures(e, factors, among, place, [metric, *others[:1]])))
@@ -221,7 +222,7 @@ def reading(e:Evidence, place:Place) -> list: # of content
     return [("Intervals of a mean are Student's with fewer than 10 seeds and BCa bootstraps with more (", lib('stats', '11_stats'), '). They cover seeds; those of differences cover seeds and test examples.'),
             ('Two settings are compared seed by seed and example by example; p-values are held together by Holm within a table. Better and worse need p ≤ 0.05, a difference of δ or more and at least ', f'{MIN_SEEDS} seeds; equivalent needs two one-sided tests within ±δ; everything else is undecided (', lib('verdicts', '28_verdicts'), ').'),
             ('δ, the smallest difference that matters: ', why, '.'),
-            ('NLL is in nats a completion token (with `task_type: SEQ_CLS`: nats an example) on held-out rows, exact match the share of greedily generated answers equal to the reference (', lib('evaluation', '05_evaluation'), ').'),
+            ('NLL is in nats a completion token (with a classifying head, nats an example) on held-out rows, exact match the share of greedily generated answers equal to the reference (', lib('evaluation', '05_evaluation'), ').'),
             ('A step, tokens a second and peak memory come from a probe before training: warm steps on the longest batch, with nothing else in the process; training time holds no evaluation (', lib('profiler', '04_profiler'), ').'),
             ('Settings, means and verdicts are read from the tracker in one place (', lib('evidence', '29_evidence'), ').')]
 

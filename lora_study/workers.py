@@ -23,6 +23,7 @@ import lora_study
 from . import sweep, tracker
 from .config import BadInput, Study, expand, run_id
 from .forecast import amount_of, elapsed, forecast, span, totals
+from .guards import cleaned
 from .processes import orderly
 
 # %% ../nbs/51_workers.ipynb #20bcdad4
@@ -313,7 +314,7 @@ class Crew:
             except (ValueError, TypeError): told = dict(say=line)
             if 'owner' in told: self.owners[told['owner']] = k
             if 'step' in told: self.step(*told['step'])
-            if 'say' in told: self.say(told['say'])
+            if 'say' in told: self.say(cleaned(told['say']))
             if 'refused' in told: self.refused.append(told['refused'])
 
 # %% ../nbs/51_workers.ipynb #f59d7763
