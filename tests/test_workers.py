@@ -65,7 +65,8 @@ def test_what_fails_is_tried_once_whatever_the_number_of_workers(befalls):
     assert df.attempt.tolist() == [1]*6 and df.set_index('label').status[FIRST] == 'failed'
     assert sum(' done in ' in s for s in said) == 5 and sum('planted' in s for s in said) == 1
     befalls()
-    again, _, df = drive(n=2) # a later command takes up what failed, and nothing else
+    assert drive(n=2)[0] == {} # a failure stands ...
+    again, _, df = drive(n=2, retry_failed=True) # ... until it is asked for, and nothing else is
     assert again == {FIRST: True} and df.set_index('label').attempt[FIRST] == 2
 
 class Elsewhere(workers.LocalProcesses):
@@ -102,10 +103,10 @@ def test_on_another_machine_the_study_is_checked_first():
 PARENT = '''
 import signal, sys
 from lora_study import workers
-from lora_study.cli import on_sigterm
 from lora_study.config import Study
-signal.signal(signal.SIGTERM, on_sigterm); signal.signal(signal.SIGINT, signal.default_int_handler)
-workers.drive(Study.model_validate_json(sys.argv[1]), 'results', [{}]*2, lambda line: print(line, flush=True), execute='fake_point:execute')
+from lora_study.processes import orderly
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with orderly(): workers.drive(Study.model_validate_json(sys.argv[1]), 'results', [{}]*2, lambda line: print(line, flush=True), execute='fake_point:execute')
 '''
 
 @pytest.mark.fault(31)
