@@ -2,14 +2,15 @@
 import pytest
 import torch
 from test_factors import SHAPE, ZOO, build
-from conftest import shared
+from conftest import TINY, shared
 from lora_study import fast
-from lora_study.config import BadInput, Run
+from lora_study.config import BadInput, Run, sealed
 from lora_study.data import collate, encode, load_splits
 from lora_study.fast import Engine, Flat, find_engine
 from lora_study.lora import add_adapter, make_trainable
 from lora_study.model import Unapplied, load_base, load_tokenizer
 from lora_study.packed import pack_runs, train_packed
+from lora_study.sweep import run_point
 from lora_study.train import Loop, check_applied, micro_batches, pack, summed_loss, train
 
 CPU = torch.device('cpu')
@@ -145,6 +146,11 @@ def test_a_resumed_run_goes_on_to_the_same_bits(examples, tmp_path):
     train(loop_of(examples, engine='fast'), checkpoints=tmp_path, save_steps=2, stop_at=2)
     resumed = train(loop_of(examples, engine='fast'), checkpoints=tmp_path)
     assert resumed.resumed_at == 2 and resumed.history == straight.history and torch.equal(adapter(resumed), adapter(straight))
+
+def test_a_point_records_what_computed_its_steps(folder):
+    record, home = run_point(sealed(Run(**TINY, engine='fast', dtype='bfloat16')), 'a', 'fast', folder)
+    assert record.provenance['applied_engine'] == 'flat' and record.provenance['applied_engine_note'] == ''
+    assert (home/'adapter/adapter_model.safetensors').is_file()
 
 # --- several runs on one base
 
