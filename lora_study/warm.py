@@ -168,7 +168,7 @@ def parent() -> Parent | None: # None: this system cannot fork
     "This process's warm parent, started when first asked for"
     if not (hasattr(os, 'fork') and hasattr(socket, 'send_fds')) or sys.platform == 'darwin' or (wanted := os.environ.get('LORA_STUDY_WARM', '')) == '0': return None
     if PARENT and PARENT[0].process.poll() is None: return PARENT[0]
-    PARENT[:] = [Parent(filter(None, wanted.split(',')))]
+    PARENT[:] = [Parent(n for n in wanted.split(',') if n not in ('', '1'))]
     atexit.register(PARENT[0].close)
     return PARENT[0]
 

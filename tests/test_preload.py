@@ -19,7 +19,7 @@ def measured(folder, monkeypatch, warm): # run id → what no clock and no memor
 
 def test_points_of_a_warm_parent_measure_what_fresh_kernels_measure(tmp_path, monkeypatch):
     fresh, _ = measured(tmp_path/'fresh', monkeypatch, '0')
-    warm, by = measured(tmp_path/'warm', monkeypatch, '1')
+    warm, by = measured(tmp_path/'warm', monkeypatch, '')
     assert len(fresh) == 2 and json.dumps(warm, sort_keys=True) == json.dumps(fresh, sort_keys=True)
     assert len(set(by.values())) == 1 # the base was scored once
     assert len(list((tmp_path/'warm'/'results'/'tiny'/'base').glob('base-*.json'))) == 1
