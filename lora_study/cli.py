@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'StudyFile', 'Results', 'Override', 'Device', 'Trust', 'told', 'overrides', 'existing_db', 'settle_offline',
-           'show_table', 'at_hand', 'plan_size', 'plan', 'progress', 'run_all', 'run', 'report_of', 'study_named',
-           'report', 'findings', 'runs', 'show', 'export', 'import_', 'rebuild', 'claims', 'design', 'mirror',
-           'recommend', 'compare', 'prepare_data', 'evaluate', 'validate', 'doctor', 'init', 'main']
+           'show_table', 'at_hand', 'plan_size', 'plan', 'progress', 'run_all', 'run', 'tell_outcome', 'report_of',
+           'study_named', 'report', 'findings', 'runs', 'show', 'export', 'import_', 'rebuild', 'claims', 'design',
+           'mirror', 'recommend', 'compare', 'prepare_data', 'evaluate', 'validate', 'doctor', 'init', 'main']
 
 # %% ../nbs/15_cli.ipynb #52e932fa
 import functools, json, logging, os, socket, sqlite3, sys, traceback
@@ -200,13 +200,19 @@ def run(file:StudyFile, results:Results=Path('results'), set:Override=None, devi
         stop(); typer.echo(f'stopped; finished runs are kept{", and those in work up to their last checkpoint" if save_steps else ""}: go on with `lora-study run {file}`', err=True)
         raise typer.Exit(130 if isinstance(e, KeyboardInterrupt) else e.code) from None
     finally: stop()
+    raise typer.Exit(tell_outcome(file, study, results, tried))
+
+# %% ../nbs/15_cli.ipynb #8aae011d
+def tell_outcome(file:Path, study, results:Path, tried:dict) -> int: # tried: from `run_all`; the exit code
+    "Writes a study's report and says where it is, and what failed"
+    from lora_study import sweep
     where, failed = report_of(study, results), [r for r in sweep.plan(existing_db(results), study) if r['status'] == 'failed']
     old = [r for r in failed if r['label'] not in tried]
     bad = sum(not ok for ok in tried.values())
     typer.echo(f'{len(tried)-bad} runs done, {bad} failed' if tried else 'nothing left to do')
     if old: typer.echo(f'{len(old)} failed earlier ({", ".join(sorted({r["error_kind"] for r in old}))}): `lora-study run {file} --retry-failed` tries again')
     typer.echo(f'report:    {where.with_name("report.html")}, {where.name}\nnotebooks: {where.parent}/points/')
-    raise typer.Exit(1 if failed else 0 if tried else 3)
+    return 1 if failed else 0 if tried else 3
 
 # %% ../nbs/15_cli.ipynb #dc9b5e37
 def report_of(study, results:Path) -> Path:

@@ -158,7 +158,8 @@ def database(p:Patient):
 @check
 def load(p:Patient):
     "What else this machine is doing"
-    busy, cores = os.getloadavg()[0], len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    from lora_study.workers import usable_cores
+    busy, cores = os.getloadavg()[0], usable_cores()
     return ('warn', f'load {busy:.1f} on {cores} cores: times measured now are not to be trusted', 'wait until the machine is idle') if busy > .75*cores else ('ok', f'load {busy:.1f} on {cores} cores', '')
 
 # %% ../nbs/53_doctor.ipynb #dd188bbb
@@ -187,8 +188,9 @@ def memory(p:Patient):
     "Whether the largest run fits what is free"
     if p.study is None: return None
     from lora_study.forecast import amount_of, forecast, present, totals
-    where = ("this machine's memory", psutil.virtual_memory().available, 'cpu') if p.device == 'cpu' else present()
-    room = psutil.virtual_memory().available if where[2] == 'cpu' else where[1]
+    from lora_study.workers import free_bytes
+    where = ("this machine's memory", free_bytes(), 'cpu') if p.device == 'cpu' else present()
+    room = free_bytes() if where[2] == 'cpu' else where[1]
     need = totals(forecast(p.study, None, where))['peak']
     return ('bad', f'{amount_of(need)} are expected at the peak, and {amount_of(room)} are free', 'lower per_device_train_batch_size or max_length, or set gradient_checkpointing: true') if need > room else ('ok', f'{amount_of(need)} expected of {amount_of(room)}', '')
 

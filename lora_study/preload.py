@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['DATA', 'BASE', 'KEPT', 'SPENT', 'SCORED', 'key', 'taken', 'prepare', 'prepared', 'prepared_base', 'keepable', 'fits',
-           'forkable', 'keep', 'code_digest', 'scores_file', 'scored_base']
+           'forkable', 'keep', 'scores_file', 'scored_base']
 
 # %% ../nbs/57_preload.ipynb #aa8d0311
-import functools, gc, hashlib, json, os, time
+import gc, hashlib, json, os, time
 from contextlib import contextmanager
 from pathlib import Path
 import psutil, torch
-import lora_study
 from . import tracker
 from .classify import encoded
 from .config import Run, run_id
@@ -101,12 +100,6 @@ def keep(
 # %% ../nbs/57_preload.ipynb #b0810a42
 SCORED = (*DATA, 'dtype', 'load_in_8bit', 'load_in_4bit', 'bnb_4bit_quant_type', 'bnb_4bit_use_double_quant', 'bnb_4bit_compute_dtype', 'generate_size', 'max_new_tokens', 'per_device_eval_batch_size')
 
-# %% ../nbs/57_preload.ipynb #68ab1f8c
-@functools.cache
-def code_digest() -> str:
-    "A hash of this package's modules"
-    return hashlib.sha256(b''.join(f.read_bytes() for f in sorted(Path(lora_study.__file__).parent.glob('*.py')))).hexdigest()[:16]
-
 # %% ../nbs/57_preload.ipynb #fe4ef527
 def scores_file(
     run:Run, folder,      # folder: what the points of a study share; None: nothing
@@ -114,7 +107,7 @@ def scores_file(
 ) -> Path | None: # None: not to be shared
     "Where the base's scores are"
     if folder is None or run.task_type != 'CAUSAL_LM': return None # an untrained head is drawn by each run's seed
-    return Path(folder)/f"base-{hashlib.sha256(repr((key(run, SCORED), str(device), torch.get_num_threads(), torch.__version__, code_digest())).encode()).hexdigest()[:16]}.json"
+    return Path(folder)/f"base-{hashlib.sha256(repr((key(run, SCORED), str(device), torch.get_num_threads(), torch.__version__, tracker.code_digest())).encode()).hexdigest()[:16]}.json"
 
 # %% ../nbs/57_preload.ipynb #34898103
 def scored_base(

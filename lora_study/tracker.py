@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['NO_ROOM', 'FREE', 'PACKAGES', 'SCHEMA_VERSION', 'SCHEMA', 'UPGRADES', 'BUSY', 'REMOTE', 'LEASE', 'SCORE_COLUMNS',
-           'Record', 'DiskFull', 'is_full', 'unwritable', 'whole', 'write_whole', 'read_record', 'git', 'versions',
-           'provenance', 'place', 'Busy', 'db_trouble', 'damaged', 'change', 'unmoved', 'back_up', 'check_ours',
-           'bring_up', 'open_db', 'check_writable', 'check_whole', 'network_mount', 'born', 'owner', 'is_gone',
-           'register', 'claim', 'now', 'renew', 'insert_scores', 'insert_results', 'finish', 'fail', 'release', 'frame',
-           'curve', 'example_scores', 'settings', 'over_seeds', 'export_study', 'import_record', 'import_records']
+           'Record', 'DiskFull', 'is_full', 'unwritable', 'whole', 'write_whole', 'read_record', 'git', 'code_digest',
+           'versions', 'provenance', 'place', 'Busy', 'db_trouble', 'damaged', 'change', 'unmoved', 'back_up',
+           'check_ours', 'bring_up', 'open_db', 'check_writable', 'check_whole', 'network_mount', 'born', 'owner',
+           'is_gone', 'register', 'claim', 'now', 'renew', 'insert_scores', 'insert_results', 'finish', 'fail',
+           'release', 'frame', 'curve', 'example_scores', 'settings', 'over_seeds', 'export_study', 'import_record',
+           'import_records']
 
 # %% ../nbs/07_tracker.ipynb #eea599a2
-import errno, json, math, os, re, shutil, socket, sqlite3, subprocess, sys, time
+import errno, hashlib, json, math, os, re, shutil, socket, sqlite3, subprocess, sys, time
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -99,6 +101,12 @@ def git(*args) -> str | None: # output without the last newline; None when there
     "Asks git about the folder this package is in"
     try: return subprocess.run(['git', '-C', str(Path(lora_study.__file__).parent), *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError): return None
+
+# %% ../nbs/07_tracker.ipynb #7ac0d349
+@cache
+def code_digest() -> str: # 12 hex digits
+    "A hash of this package's modules: what ran, whatever git says"
+    return hashlib.sha256(b''.join(p.read_bytes() for p in sorted(Path(lora_study.__file__).parent.glob('*.py')))).hexdigest()[:12]
 
 # %% ../nbs/07_tracker.ipynb #c2e4ac00
 def versions() -> dict: # <package>_version → version, or None where it is not installed
@@ -225,7 +233,7 @@ def open_db(path) -> sqlite3.Connection:
 # %% ../nbs/07_tracker.ipynb #f0a84074
 def check_writable(folder):
     "Raises BadInput for a folder that takes no file"
-    probe = Path(folder)/'.writable'
+    probe = Path(folder)/f'.writable-{os.getpid()}' # each process its own: workers ask at the same time
     write_whole(probe, b'?' * 4096); probe.unlink()
 
 # %% ../nbs/07_tracker.ipynb #a4549f7e

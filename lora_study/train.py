@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
-import lora_study
 from .classify import adapter_task, asked_head, encoded, read_head
 from .config import BadInput, Run, run_id
 from .data import batch_at, collate, load_splits, targets
@@ -31,7 +30,7 @@ from .model import Unapplied, asked_base, demand, load_base, load_tokenizer, pic
 from .processes import can_be_asked, is_asked
 from .profiler import Phases, phase, probe
 from .spectra import adapter_norms
-from .tracker import versions, whole
+from .tracker import code_digest, versions, whole
 
 # %% ../nbs/08_train.ipynb #90bf5305
 def total_steps(run:Run, n:int) -> int: # optimizer steps
@@ -288,11 +287,10 @@ def sealed_files(folder:Path) -> dict: # name → [bytes, sha256]
 # %% ../nbs/08_train.ipynb #aa7cb840
 def made_with(loop:Loop) -> dict: # flat
     "What has to be unchanged for a resumed run to go on to the same bits"
-    code = b''.join(p.read_bytes() for p in sorted(Path(lora_study.__file__).parent.glob('*.py')))
     data = hashlib.sha256()
     for e in loop.examples: data.update(array('q', [e.prompt_len, *e.ids]))
     where = dict(device=torch.cuda.get_device_name(loop.device)) if loop.device.type == 'cuda' else dict(device=loop.device.type, threads=torch.get_num_threads())
-    return dict(code=hashlib.sha256(code).hexdigest()[:12], data=data.hexdigest()[:12]) | where | versions()
+    return dict(code=code_digest(), data=data.hexdigest()[:12]) | where | versions()
 
 # %% ../nbs/08_train.ipynb #e3a486ec
 def save_checkpoint(loop:Loop, folder) -> Path:

@@ -173,7 +173,7 @@ def main():
 # %% ../nbs/51_workers.ipynb #7def8b7d
 class Executor(Protocol):
     "A place for workers; a worker's handle is whatever `start` returns"
-    def start(self, job:Job) -> Any: "A worker that does `job`"
+    def start(self, job:Job) -> Any: "A worker that does `job`; OSError, such as ConnectionError or TimeoutError, where none can be had"
     def lines(self, worker) -> list[str]: "What it has told since last asked, a line of JSON each; other text is passed on as it is"
     def poll(self, worker) -> int | None: "None while it works, then its exit code: 0 nothing left to do, 2 refused, −n ended by signal n; all it told can be read by then"
     def stop(self, worker, at_once:bool=False): "Asks it to give its run back and leave; `at_once`: ends it and every process it started"
@@ -306,7 +306,9 @@ class Crew:
     deaths: Counter = field(default_factory=Counter)
     refused: list = field(default_factory=list)   # lines
     through: bool = False    # whether a worker has found nothing left to do
-    def start(self, k:int): self.alive[k] = self.executor.start(self.jobs[k])
+    def start(self, k:int):
+        try: self.alive[k] = self.executor.start(self.jobs[k])
+        except OSError as e: raise BadInput(f'worker {k} could not be started: {e}: look at where workers run, then give the same command again: finished runs are kept') from None
     def listen(self, k:int):
         "Passes on what a worker told"
         for line in self.executor.lines(self.alive[k]):

@@ -19,6 +19,15 @@ def pytest_collection_modifyitems(config, items):
     for i in items:
         if 'slow' in i.keywords and not config.getoption('--slow'): i.add_marker(pytest.mark.skip(reason='takes minutes: run with --slow'))
 
+@pytest.fixture(scope='session')
+def examples():
+    "Rows of the embedded world, as tokens"
+    from lora_study.config import Run
+    from lora_study.data import encode, load_splits
+    from lora_study.model import load_tokenizer
+    run = Run(train_size=64)
+    return encode(load_splits(run).train, load_tokenizer(run), run.max_length)[0]
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     "An empty working directory"

@@ -12,11 +12,6 @@ from lora_study.train import Loop, check_applied, micro_batches, pack, summed_lo
 
 CPU = torch.device('cpu')
 
-@pytest.fixture(scope='module')
-def examples():
-    run = Run(train_size=64)
-    return encode(load_splits(run).train, load_tokenizer(run), run.max_length)[0]
-
 def loop_of(examples, **how):
     run = Run(**{**dict(max_steps=4, eval_steps=2), **how})
     return Loop(run, make_trainable(load_base(run, CPU), run), examples, 0)

@@ -192,3 +192,16 @@ def test_with_both_it_runs_and_the_report_says_so(own):
         html = MarkdownIt('commonmark', dict(html=True)).enable('table').render(t)
         assert '<script' not in html and '<img src=x' not in html and 'href="javascript' not in html and '{{<' not in t and '```{python}' not in t and '\u202e' not in t
     assert not Path('harmed').exists()
+
+LISTENING = """import psutil, socket
+listening = lambda: [c.laddr.ip for c in psutil.Process().net_connections('inet') if c.status == psutil.CONN_LISTEN]
+before, s = listening(), socket.create_server(('', 0))
+print(sorted({*before} - {'127.0.0.1', '::1'}), {*listening()} - {*before})"""
+
+@pytest.mark.fault(70)
+def test_a_points_kernel_listens_to_this_machine_alone(tmp_path, monkeypatch):
+    from lora_study import sweep
+    monkeypatch.setenv('LORA_STUDY_WARM', '0')
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(LISTENING)], metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
+    sweep.execute(nb, tmp_path/'point.ipynb', {})
+    assert nbformat.read(tmp_path/'point.ipynb', 4).cells[-1].outputs[0].text == "[] {'0.0.0.0'}\n" # and one that did would be seen

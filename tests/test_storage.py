@@ -1,5 +1,5 @@
 "What is kept on disk: full disks, read-only folders, damaged databases, torn checkpoints. The faults are real ones of the system, never a patched function that pretends."
-import ast, json, os, shutil, sqlite3, subprocess, sys, time
+import ast, json, os, re, shutil, sqlite3, subprocess, sys, time
 from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
@@ -444,6 +444,10 @@ def calls(): # (module, function around it, what is called, its source) of the w
     for f in sorted((ROOT/'lora_study').glob('*.py')): walk(ast.parse(text := f.read_text()), text.splitlines(), f.stem, '')
     return found
 
+@pytest.mark.fault(57)
+def test_the_package_pushes_nothing_to_a_hub():
+    assert not [s for *_, f, s in calls() if f.endswith(('push_to_hub', 'upload_folder', 'upload_file', 'create_repo', 'create_commit')) or re.search(r'push_to_hub\s*=\s*True', s)]
+
 @pytest.mark.fault(63, 72)
 def test_the_package_reads_no_pickle_and_no_archive():
     found = calls()
@@ -494,3 +498,9 @@ def test_pickled_weights_are_refused(tmp_path):
     torch.save(Command(mark), adapter/'adapter_model.bin')
     with pytest.raises(BadInput, match='pickled weights are not read'): load_adapter(adapter, torch.nn.Linear(2, 2))
     assert not mark.exists()
+
+ASKING = "import sys; from lora_study import tracker\nfor _ in range(40): tracker.check_writable(sys.argv[1])"
+
+def test_workers_ask_whether_a_folder_is_writable_at_the_same_time(tmp_path):
+    asking = [subprocess.Popen([sys.executable, '-c', ASKING, str(tmp_path)], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [p.communicate()[1] for p in asking] == ['', ''] and not list(tmp_path.iterdir())

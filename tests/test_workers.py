@@ -74,6 +74,21 @@ class Elsewhere(workers.LocalProcesses):
     def __init__(self, **differs): self.differs = differs
     def start(self, job): return super().start(job.model_copy(update=self.differs))
 
+class Unreachable(workers.LocalProcesses):
+    "A place that does not answer"
+    def start(self, job): raise TimeoutError('head-node:6379 did not answer in 5 s')
+
+@pytest.mark.fault(51)
+def test_a_place_that_does_not_answer_is_one_line_and_takes_no_run(befalls):
+    befalls()
+    with pytest.raises(BadInput, match=r'worker 1 could not be started: head-node:6379 did not answer in 5 s: look at where workers run'): drive(n=2, executor=Unreachable())
+    df = tracker.frame(tracker.open_db('results/study.db'))
+    assert df.status.tolist() == ['waiting']*6 and df.attempt.tolist() == [0]*6
+
+@pytest.mark.fault(52)
+def test_more_workers_than_devices_are_refused_with_what_there_is():
+    with pytest.raises(BadInput, match=r'--workers 3: a worker has a GPU of its own, and 2 can be used: expected at most 2'): workers.how_many('3', 8, ['0', '1'], None)
+
 @pytest.mark.fault(54)
 def test_a_worker_of_another_version_is_refused_with_both(befalls):
     befalls()
