@@ -3,8 +3,8 @@
     python benchmarks/makespan.py [--points 16] [--steps 12] [--rounds 1]     # prints a table, writes benchmarks/makespan.json
 
 Both train the embedded base on the same rows with the same settings and seeds, and both end with a saved adapter for each point. Those are scored afterwards, outside the clock, by one function on the same
-held-out rows. The plain loop reports the loss its Trainer measures and nothing else; ours also measures cost, spectra, drift, merging and latency, and writes them down.
-The rivals: the loop one after another in fp32 with every core, and two at once in bf16 with half of the cores each. Sides take turns in each round.
+held-out rows. The plain loop reports the loss its Trainer measures and nothing else; ours measures the base, what each example costs and what memory each phase takes, and as it comes also a step's cost alone, spectra,
+drift, merging and latency. The rivals: the loop one after another in fp32 with every core, and two at once in bf16 with half of the cores each. Sides take turns in each round; ratios are to the last.
 """
 import argparse, json, os, statistics, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
@@ -63,10 +63,10 @@ def plain(todo:list, at:Path, steps:int, bf16:bool, at_once:int, cores:int) -> d
         return point, out
     with ThreadPoolExecutor(at_once) as pool: return dict(pool.map(one, todo))
 
-def ours(todo:list, at:Path, steps:int, more:list) -> dict:
+def ours(todo:list, at:Path, steps:int, more:list, **keys) -> dict: # keys: more lines of the study file
     "The same points as a study"
     at.mkdir()
-    lines = dict(SIZES, per_device_train_batch_size=BATCH, max_length=LENGTH, max_steps=steps, eval_steps=steps, generate_size=0, lora_alpha=16)
+    lines = dict(keys, **SIZES, per_device_train_batch_size=BATCH, max_length=LENGTH, max_steps=steps, eval_steps=steps, generate_size=0, lora_alpha=16)
     settings, seeds = list(dict.fromkeys((r, lr) for r, lr, _ in todo)), sorted({s for *_, s in todo})
     (at/'study.yaml').write_text(''.join(f'{k}: {v}\n' for k, v in lines.items()) + f'paired:\n  - lora_r: {[r for r, _ in settings]}\n    learning_rate: {[lr for _, lr in settings]}\nseeds: {seeds}\n')
     done = subprocess.run([sys.executable, '-m', 'lora_study.cli', 'run', 'study.yaml', *more], cwd=at, capture_output=True, text=True)
@@ -91,12 +91,14 @@ def scored(adapters:dict) -> dict: # point → held-out NLL
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in dict(points=16, steps=12, rounds=1).items(): p.add_argument(f'--{name}', type=int, default=default)
-    p.add_argument('--run', nargs='*', default=[], help='more arguments for `lora-study run`')
+    p.add_argument('--run', nargs='*', default=['--workers', 'auto'], help='arguments for `lora-study run`')
     a = p.parse_args()
     todo, cores = points(a.points), len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     sides = {'papermill + PEFT + Trainer, fp32, one at a time': lambda at: plain(todo, at, a.steps, False, 1, cores),
              'papermill + PEFT + Trainer, bf16, two at once': lambda at: plain(todo, at, a.steps, True, 2, cores),
-             'lora-study run': lambda at: ours(todo, at, a.steps, a.run)}
+             'lora-study run': lambda at: ours(todo, at, a.steps, a.run),
+             'lora-study run, engine auto, no diagnostics, bf16': lambda at: ours(todo, at, a.steps, a.run, engine='auto', diagnostics='false', dtype='bfloat16'),
+             'lora-study run, engine auto, no diagnostics': lambda at: ours(todo, at, a.steps, a.run, engine='auto', diagnostics='false')}
     times, nll = {s: [] for s in sides}, {}
     for k in range(a.rounds):
         for i, (side, call) in enumerate(sides.items()):

@@ -160,9 +160,10 @@ def run_all(
     device:str, retry_failed:bool, **how,
 ) -> dict: # see `sweep.sweep`
     "What is left of a study, its inputs looked at first"
-    from lora_study import sweep, workers as crew
+    from lora_study import sweep, warm, workers as crew
     from lora_study.config import expand
     if sweep.unfinished(study, results, retry_failed):
+        warm.parent() # imports what points need while the study is looked at
         settle_offline([(getattr(r, f), f) for r in expand(study) for f in ('model_name_or_path', 'dataset_name') if not (f == 'dataset_name' and r.dataset_path)])
         from lora_study.planner import preflight
         for note in preflight(study, device): say(f'note: {note}')

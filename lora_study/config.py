@@ -229,6 +229,7 @@ class Study(BaseModel):
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**53)]], Field(min_length=1)] = [0]
     max_runs: Count = 500                                        # refuse to expand beyond this
     bad_rows: Literal['skip', 'error'] = 'skip'                  # rows of the data that hold no usable text: left out and counted, or refused before any run
+    diagnostics: bool = True                                     # whether a point also looks into what it trained, and probes its cost alone; without, quality and time only
     margin: Positive | None = None                               # the smallest difference in held-out NLL that matters, nats a token; None: 2 % of the gain
 
 # %% ../nbs/00_config.ipynb #48a1903d

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COSTS', 'STORAGE', 'GOALS', 'PASSED', 'limit_bytes', 'costs', 'in_turn', 'price', 'fitting', 'Goal', 'choose',
            'halves', 'cross_fit', 'Recommendation', 'tables', 'regret', 'unknowns', 'reason', 'recommend',
-           'nothing_fits', 'as_run', 'Code', 'targets', 'adapter_arguments', 'quantization_arguments',
+           'nothing_known', 'nothing_fits', 'as_run', 'Code', 'targets', 'adapter_arguments', 'quantization_arguments',
            'training_arguments', 'call', 'sources', 'snippet', 'loraplus', 'page']
 
 # %% ../nbs/31_recommend.ipynb #559a97f1
@@ -193,7 +193,7 @@ def unknowns(e:Evidence, metric:str, limit:int|None, unmeasured:list, paid:str|N
     if delta(e, metric) is None: out.append(f'no δ: the base\'s {metric} is not known, or nothing was gained on it, so nothing can be called a tie')
     if few := [n for n in names if len(e.settings[n]) < MIN_SEEDS]: out.append(f'{len(few)} of {len(names)} settings have fewer than {MIN_SEEDS} seeds, which describe and do not decide')
     if rates == 1 and len(e) > 1: out.append(f'every setting was trained at learning_rate = {e.runs.learning_rate.iloc[0]:g}: at a rate of its own another might win')
-    if paid and (gone := [n for n in names if costs(e, n, paid).isna().all()]): out.append(f'no {COSTS[paid][2]} measured for {", ".join(gone)}')
+    if paid and (gone := [n for n in names if costs(e, n, paid).isna().all()]): out.append(f'not measured for {"any of them" if len(gone) == len(names) > 1 else ", ".join(gone)}: {COSTS[paid][2]}')
     if mixed := [c for c in ('device_name', 'threads') if c in e.runs and e.runs[c].nunique() > 1]: out.append(f'runs differ in {" and ".join(mixed)}: compare their costs with care')
     if len(e.lost): out.append(f'{len(e.lost)} runs have no result ({", ".join(f"{k}: {n}" for k, n in e.lost.error_kind.fillna("not finished").value_counts().items())})')
     return out
@@ -228,6 +228,7 @@ def recommend(
     if not pool: return nothing_fits(e, asked, room, missing)
     frame = lambda of: pd.DataFrame({n: of(n) for n in pool})
     quality, cost = frame(lambda n: values(e, n, metric)), frame(lambda n: costs(e, n, asked.cost)) if asked.cost else None
+    if cost is not None and cost.isna().all(axis=None): return nothing_known(e, asked, room, missing)
     top = evidence.best(e, metric, pool)
     tied = [v.comparison.a for v in contrasts(e, top, metric, pool) if v.verdict == 'equivalent'] if asked.tied else []
     setting, best = choose(quality, cost, asked, lambda t: tied, higher_is_better(metric), evidence.base_value(e, metric)), evidence.best(e, metric)
@@ -238,14 +239,18 @@ def recommend(
                           [v for v in against if v.verdict == 'equivalent'], [v for v in against if v.verdict == 'undecided'], *regret(e, pool, asked, metric, quality, cost, level), missing,
                           as_run(e, row), str(row.get('applied_adapted', '')), str(row.get('base_dtype', 'float32')), e.studies, metric)
 
+# %% ../nbs/31_recommend.ipynb #d1ac5409
+def nothing_known(e:Evidence, goal:Goal, limit:int|None, missing:list, why:str='nothing was measured that tells') -> Recommendation:
+    "The answer when there is nothing to choose by"
+    return Recommendation(None, goal.words, limit, why, {}, {}, None, [], [], Estimate(None, note='nothing was chosen'), Counter(), missing, studies=e.studies)
+
 # %% ../nbs/31_recommend.ipynb #4c6c41d2
 def nothing_fits(e:Evidence, goal:Goal, limit:int, missing:list) -> Recommendation:
     "The answer when no setting fits"
     peaks = {n: p for n in e if (p := costs(e, n, 'memory').max()) == p}
     least = min(peaks, key=peaks.get, default=None)
     why = f'nothing that was measured fits {limit/1e9:.4g} GB' + (': no memory was measured.' if least is None else f': the smallest, {least}, peaked at {peaks[least]/1e9:.2f} GB.')
-    none = Estimate(None, note='nothing was chosen')
-    return Recommendation(None, goal.words, limit, why, {}, {}, None, [], [], none, Counter(), missing, studies=e.studies)
+    return nothing_known(e, goal, limit, missing, why)
 
 # %% ../nbs/31_recommend.ipynb #fe4c4bac
 def as_run(e:Evidence, row:pd.Series) -> Run:

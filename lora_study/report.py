@@ -286,9 +286,9 @@ def recommendation_section(e:Evidence, place:Place) -> list: # of Section; none 
     lacking = tuple(dict.fromkeys(m for _, r in recs for m in r.missing))
     first = next(r for g, r in recs if g == 'best')
     told = f'Chosen on half of the seeds and judged on the other half, the best setting falls short of the one that was best there by {first.regret} (regret, in {first.metric}).' if first.regret.estimate is not None else ''
-    code = recommend.snippet(next(r for g, r in recs if g == 'cheapest'))
+    ready = next(r for goal in ('cheapest', 'best') for g, r in recs if g == goal and r.setting)
     return [Section('Recommendation', (Table('What to train, by what is wanted.', ('goal', 'setting', 'why', 'what it gives up against the best'), rows), *([Text((told,))] if told else []), *([Text(('What this does not know:',)), Bullets(lacking)] if lacking else []),
-                                       Text(('The cheapest within a tie of the best, ready to run with PEFT and TRL:',)), Code(portable(code), 'python')))]
+                                       Text((f'{ready.goal[0].upper()}{ready.goal[1:]}, ready to run with PEFT and TRL:',)), Code(portable(recommend.snippet(ready)), 'python')))]
 
 # %% ../nbs/14_report.ipynb #187e60de
 def moves(db, studies:list, ids=None) -> tuple: # of `regress.Moved`: what each later study moved, seen from the first; why there is none

@@ -236,7 +236,9 @@ def cost_rows(e:Evidence) -> Table:
     cells = lambda name: (*(mean_cell(e, name, m) for m in shown), *(predicted_cells(e, name, *guess) if guess else ()))
     rows = tuple(Row((name, Span(str(len(e.settings[name])), first_run(e, name)), *cells(name))) for name in e)
     head = *(Span(t, title=COSTS.get(m, '')) for m, t in shown.items()), *((Span('predicted', title='peak memory, from arguments and shapes alone, between its low and high estimate'), Span('measured / predicted')) if guess else ())
-    return Table('Cost: mean over n seeds, its 95 % interval below. A step, tokens a second and peak memory come from a warm probe before training' + (', the prediction from before anything ran.' if guess else '.'), ('setting', 'n', *head), rows, measured=True)
+    probed = e.runs.get('probe_s', pd.Series(dtype=float)).notna()
+    how = 'A step, tokens a second and peak memory come from a warm probe before training' if probed.all() and len(probed) else 'A step and tokens a second come from a warm probe before training, for runs made without diagnostics from that training' if probed.any() else 'A step and tokens a second come from the training itself'
+    return Table(f'Cost: mean over n seeds, its 95 % interval below. {how}' + (', the prediction from before anything ran.' if guess else '.'), ('setting', 'n', *head), rows, measured=True)
 
 # %% ../nbs/39_tables.ipynb #54da27b2
 def run_rows(e:Evidence, place:Place) -> Table:

@@ -8,7 +8,7 @@ __all__ = ['OPTIMIZERS', 'SHAPES', 'PARTS', 'RESUME', 'total_steps', 'warmup', '
            'Diverged', 'Stopped', 'summed_loss', 'backward', 'update', 'optimizer_step', 'read_validation',
            'train_step', 'Progress', 'train', 'sealed_files', 'made_with', 'save_checkpoint', 'lacks', 'checkpoints_of',
            'load_weights', 'load_checkpoint', 'load_weights_alone', 'changed', 'take_up', 'marks', 'read_loop',
-           'asked_loop', 'check_packed', 'check_applied', 'probe_batches', 'probe_run', 'measure_adapter']
+           'asked_loop', 'check_packed', 'check_applied', 'probe_batches', 'probe_run', 'step_cost', 'measure_adapter']
 
 # %% ../nbs/08_train.ipynb #4ea887a8
 import hashlib, json, math, shutil, time
@@ -28,7 +28,7 @@ from .fast import Engine, engine_of, read_engine
 from .lora import check_adapted, count_parameters, load_adapter
 from .model import Unapplied, asked_base, demand, load_base, load_tokenizer, pick_device, read_base
 from .processes import can_be_asked, is_asked
-from .profiler import Phases, phase, probe
+from .profiler import Phases, StepTimes, phase, probe, summary
 from .spectra import adapter_norms
 from .tracker import code_digest, versions, whole
 
@@ -94,6 +94,7 @@ class Loop:
     resumed_at: int = 0       # the step a checkpoint was taken up at; 0: none
     notes: list = field(default_factory=list) # what a reader of the record should know of the resume
     micro_batch: int|None = None # rows at a time; None: per_device_train_batch_size
+    times: StepTimes = field(default_factory=StepTimes) # of the steps since it was made or resumed
     history: dict = field(default_factory=lambda: dict(train=[], validation=[], adapter=[])) # step, loss, learning_rate; step, nll; step, a_norm, b_norm, update_norm
     def __post_init__(self):
         r = self.run
@@ -224,7 +225,8 @@ def train_step(loop:Loop):
     loss, tokens = optimizer_step(loop, micro_batches(loop, loop.step))
     loop.schedule.step()
     if loop.device.type == 'cuda': torch.cuda.synchronize(loop.device)
-    loop.seconds += time.perf_counter() - start
+    loop.times.secs.append(time.perf_counter() - start); loop.times.toks.append(tokens)
+    loop.seconds += loop.times.secs[-1]
     loop.step += 1
     loop.history['train'].append(dict(step=loop.step, loss=loss, learning_rate=lr))
 
@@ -457,6 +459,12 @@ def probe_run(loop:Loop, timed:int=6) -> dict: # probe_steps, step_s, tok_s
     for group in fresh.optimizer.param_groups: group['lr'] = 0. # the same work, and nothing to diverge
     loop.model.train()
     return probe(lambda b: optimizer_step(fresh, b)[1], probe_batches(loop, timed), loop.params, loop.device)
+
+# %% ../nbs/08_train.ipynb #9e34b3c8
+def step_cost(loop:Loop) -> dict: # probe_steps, step_s, tok_s, first_step_s; {}: too few steps were made here
+    "Cost of a training step, from those that trained"
+    t = loop.times
+    return summary(t) | dict(first_step_s=t.secs[0]) if len(t.secs) > t.warmup else {}
 
 # %% ../nbs/08_train.ipynb #45032101
 def measure_adapter(

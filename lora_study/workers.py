@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import psutil
 from pydantic import BaseModel, ConfigDict
 import lora_study
-from . import sweep, tracker
+from . import sweep, tracker, warm
 from .config import BadInput, Study, expand, run_id
 from .forecast import amount_of, elapsed, forecast, span, totals
 from .guards import cleaned
@@ -383,7 +383,7 @@ def drive(
     todo = {run_id(r): name for r, name in labels.items()}
     before = {r['run_id']: r['attempt'] for r in db.execute('select run_id, attempt from runs where study=?', (study.name,)) if r['run_id'] in todo}
     planned = plan_seconds(study, db)
-    job = lambda k, env: Job(number=k, study=study, results=str(results), before=before, how=how | (dict(device='cuda') if 'CUDA_VISIBLE_DEVICES' in env else {}), env=env, execute=execute)
+    job = lambda k, env: Job(number=k, study=study, results=str(results), before=before, how=how | (dict(device='cuda') if 'CUDA_VISIBLE_DEVICES' in env else {}), env=env | warm.shared(), execute=execute)
     crew = Crew(executor or LocalProcesses(), {k: job(k, env) for k, env in enumerate(envs, 1)}, say, step, restarts)
     try:
         for k in crew.jobs: crew.start(k)

@@ -7,9 +7,9 @@ from lora_study import tracker
 
 STUDY = 'train_size: 64\nvalidation_size: 8\ntest_size: 8\ngenerate_size: 2\nmax_new_tokens: 4\nmax_steps: 3\neval_steps: 3\nlora_dropout: .1\nforgetting_dataset_name: embedded\nforgetting_size: 8\naxes:\n  lora_r: [2, 4]\nseeds: [0]\n'
 
-def measured(folder, monkeypatch, warm): # run id → what no clock and no memory decides; each run's provenance
+def measured(folder, monkeypatch, warm, more=''): # run id → what no clock and no memory decides; each run's provenance
     folder.mkdir(); monkeypatch.chdir(folder); monkeypatch.setenv('LORA_STUDY_WARM', warm)
-    Path('tiny.yaml').write_text(STUDY)
+    Path('tiny.yaml').write_text(STUDY + more)
     done = cli('run', 'tiny.yaml')
     assert done.returncode == 0, done.stdout + done.stderr
     records = [tracker.read_record(f) for f in sorted(Path('results/tiny/runs').glob('*/final/record.json'))]
@@ -24,3 +24,14 @@ def test_points_of_a_warm_parent_measure_what_fresh_kernels_measure(tmp_path, mo
     assert len({p['base_scored_by'] for p in by_warm}) == 1 # the base was scored once
     assert [p['prepared_s'] > 0 for p in by_warm] == [True]*2 and [p['prepared_s'] for p in by_fresh] == [0]*2 # the parent had made it ready, and a fresh kernel had none
     assert len(list((tmp_path/'warm'/'results'/'tiny'/'base').glob('base-*.json'))) == 1
+
+def test_without_diagnostics_a_point_measures_the_same_quality_and_the_report_says_so(tmp_path, monkeypatch):
+    whole, _ = measured(tmp_path/'whole', monkeypatch, '')
+    light, by = measured(tmp_path/'light', monkeypatch, '', 'diagnostics: false\n')
+    for rid, r in light.items():
+        assert (r['curves'], r['scores'], r['adapter']) == (whole[rid]['curves'], whole[rid]['scores'], [])
+        assert r['metrics'] == {k: v for k, v in whole[rid]['metrics'].items() if k in r['metrics']}
+        assert not [k for k in r['metrics'] if k.startswith(('drift_', 'merge', 'adapter_'))] and r['metrics']['test_nll'] > 0
+    page = (tmp_path/'light'/'results'/'tiny'/'RESULTS.md').read_text()
+    assert 'come from the training itself' in page and 'warm probe' not in page and 'the fastest inference' not in page and 'not measured for any of them: a generated token' in page
+    assert [p['diagnostics'] for p in by] == [False]*2
