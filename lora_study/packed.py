@@ -157,7 +157,7 @@ def do_job(
     ready, left_out, validation = members(job)
     tell(left_out=left_out)
     if len(ready) < 2: return
-    pack, asked = Pack([l for l, _ in ready]), ready[0][1]['checkpoints']
+    pack, asked = Pack([l for l, _ in ready]), job['members'][0]['checkpoints'] # where the driver asks
     say_with_whom(pack.loops)
     watchers = [Progress(m['progress']) for _, m in ready]
     def after(i):

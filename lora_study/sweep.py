@@ -310,6 +310,7 @@ def company(
     there = lambda r, n: trained((home := run_folder(results, study, n))/'checkpoints', run_id(r)) or any(home.glob('*/record.json'))
     if why_apart(run) or there(run, name): return [], 0.
     group = [(r, n) for r, n in left if not why_apart(r) and alike(r) == alike(run) and not there(r, n)]
+    if len(group) < 2: return [], 0.
     room, kind = room_for(device, drivers)
     chosen, expected = partners(run, [r for r, _ in group if r != run], min(most, math.ceil(len(group)/drivers)), room, forecast.finished(db), kind)
     return [(r, n) for r, n in group if r in chosen], expected

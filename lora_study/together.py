@@ -15,7 +15,7 @@ from .config import BadInput, Run, run_id
 from .forecast import amount_of, calibration, finished, longest, span
 from .guards import cleaned
 from .memory import PARTS, at_peak, step_of
-from .processes import Watch, ending, watched
+from .processes import Watch, can_be_asked, ending, watched
 from .shapes import config_of
 
 # %% ../nbs/44_together.ipynb #6cad8d23
@@ -147,6 +147,7 @@ def train_together(
     for a in at.values(): a.mkdir(parents=True, exist_ok=True)
     where, names, start = [folder/'checkpoints' for _, _, folder, _ in members], {run_id(r): n for r, n, _, _ in members}, time.perf_counter()
     job = dict(members=[dict(run=r.model_dump(), checkpoints=str(c), progress=str(a/'progress.jsonl')) for (r, *_), c, a in zip(members, where, at.values())], device=device, save_steps=save_steps, resume=resume)
+    can_be_asked(where[0], False) # a request to stop was made of an earlier attempt
     watch = Watch(next(iter(at.values()))/'process.json', where[0])
     told = in_process(job, watch, timeout and timeout*len(members))
     for i, why in told.get('left_out', {}).items(): say(f'{names[i]} trains apart: {cleaned(why)}')

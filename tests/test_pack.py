@@ -1,14 +1,14 @@
 "Runs that train together are the runs they would have been alone; whatever befalls the pack, each is done once and honestly."
-import json, threading, time
+import json, os, subprocess, threading, time
 from pathlib import Path
 import nbformat, psutil, pytest
 from safetensors.torch import load_file, save_file
-from conftest import TINY, cli
+from conftest import ROOT, TINY, cli, command
 from fake_point import execute as fake, record
-from lora_study import forecast, sweep, together, tracker
-from lora_study.config import BadInput, Run, Study, run_id
+from lora_study import forecast, sweep, together, tracker, workers
+from lora_study.config import Run, Study, run_id
 
-SHARED = {k: v for k, v in TINY.items() if k != 'max_steps'} | dict(per_device_train_batch_size=2, max_length=64, adam_epsilon=1e-6) # Adam divides what rounding left of a small gradient by its own size
+SHARED = {k: v for k, v in TINY.items() if k != 'max_steps'} | dict(per_device_train_batch_size=2, max_length=64, adam_epsilon=1e-3) # with a small one, Adam divides what rounding left of a small gradient by its own size
 PAIRED = [dict(lora_r=[2, 8, 4, 4, 3], lora_target_modules=['all-linear', 'q,v', ['gate_proj', 'down_proj'], 'all-linear', 'q,v'], learning_rate=[1e-3, 5e-3, 2e-3, 1e30, 1e-3],
                data_seed=[1, 2, 3, 4, 5], max_steps=[4, 4, 3, 4, 4], engine=['auto', 'fast', 'auto', 'auto', 'peft'])]
 STUDY = Study(name='five', shared=SHARED, paired=PAIRED)
@@ -180,3 +180,54 @@ def test_time_is_forecast_from_the_probe_where_training_was_not_timed():
 def test_a_number_that_is_none_is_told_before_anything_starts(study_file):
     refused = cli('run', study_file, '--pack', 'many')
     assert refused.returncode == 2 and refused.stderr == 'error: --pack many: expected a number from 2 to 1024, or auto\n' and not Path('results').exists()
+
+FILE = '\n'.join(f'{k}: {v}' for k, v in (SHARED | dict(engine='auto', eval_steps=400)).items()) + '\npaired:\n  - lora_r: [2, 4]\n    max_steps: [{0}, {0}]\nseeds: [0]\n'
+
+@pytest.mark.slow
+def test_packed_from_the_command_line(folder):
+    "Real points: what was learnt is what is learnt alone, and what it cost is measured alone"
+    Path('tiny.yaml').write_text(FILE.format(4))
+    ran = [cli('run', 'tiny.yaml', '--results', where, *how) for where, how in (('together', ('--pack', 'auto')), ('apart', ()))]
+    assert [r.returncode for r in ran] == [0, 0], [r.stdout + r.stderr for r in ran]
+    assert '2 of 2 runs can train together' in ran[0].stdout and '2 runs trained together in' in ran[0].stdout
+    packed, alone = (tracker.frame(tracker.open_db(f'{where}/study.db'), 'tiny').set_index('run_id') for where in ('together', 'apart'))
+    assert packed.test_nll.tolist() == pytest.approx(alone.test_nll.tolist(), rel=1e-5) and packed.attempt.tolist() == [1, 1]
+    assert packed.packed_with.tolist() == packed.index.tolist()[::-1] and 'train_s' not in packed and 'epoch_s' not in packed and not any(c.startswith('training_') for c in packed)
+    assert packed.probe_train_s.tolist() == pytest.approx((packed.step_s*packed.train_steps).tolist()) and (packed.step_s > 0).all() and (packed.probe_peak_rss_bytes > 0).all()
+    assert 'probe_train_s' not in alone and (alone.train_s > 0).all() and all((Path('together')/n).is_file() for n in packed.notebook)
+    said = [w for f in Path('together').rglob('final/record.json') for w in tracker.read_record(f).warnings]
+    assert len(said) == 2 and all('its training was not timed' in w for w in said)
+    assert 'by the probe' in (Path('together')/packed.notebook.iloc[0]).read_text() and cli('plan', 'tiny.yaml', '--results', 'together').returncode == 0
+
+@pytest.mark.slow
+@pytest.mark.fault(30, 31, 32)
+def test_a_pack_ends_with_its_driver_and_the_next_one_goes_on(folder):
+    Path('tiny.yaml').write_text(FILE.format(1200))
+    steps = lambda: [int(c.name[-8:]) for c in Path('results/tiny/runs').glob('*/checkpoints/checkpoint-*')]
+    def begun(beyond, *how): # a driver whose pack is beyond a step, and its pack
+        driver, end = subprocess.Popen(command('run', 'tiny.yaml', '--pack', 'auto', *how), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True), time.time() + 300
+        far = lambda: [workers.latest(f)[0].get('step', 0) for f in Path('results/tiny/runs').glob('*/attempt-*/progress.jsonl')]
+        while max(far(), default=0) <= beyond and driver.poll() is None and time.time() < end: time.sleep(.02)
+        mine = [p for p in psutil.Process(driver.pid).children(recursive=True) if 'lora_study.packed' in p.cmdline()]
+        assert len(mine) == 1
+        return driver, mine
+    driver, mine = begun(3)
+    driver.terminate()
+    assert driver.wait(60) == 143 and psutil.wait_procs(mine, timeout=20)[1] == []
+    first = max(steps()) # it was asked to save, and did
+    assert len(steps()) == 2 and 3 < first < 1200 and tracker.frame(tracker.open_db('results/study.db'), 'tiny').status.tolist() == ['waiting']*2
+    driver, mine = begun(first, '--save-steps', 20)
+    driver.kill(); driver.wait()
+    assert psutil.wait_procs(mine, timeout=20)[1] == []
+    again = cli('run', 'tiny.yaml', '--pack', 'auto')
+    assert again.returncode == 0, again.stdout + again.stderr
+    df = tracker.frame(tracker.open_db('results/study.db'), 'tiny')
+    assert df.attempt.tolist() == [3, 3] and (df.resumed_at_step == 1200).all() and df.packed_with.tolist() == df.run_id.tolist()[::-1]
+
+@pytest.mark.slow
+def test_workers_have_packs_of_their_own(folder, monkeypatch):
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(map(str, (ROOT, ROOT/'tests'))))
+    said, study = [], SIX.model_copy(update=dict(axes=dict(lora_r=[2, 4])))
+    assert set(workers.drive(study, 'results', [{}]*2, said.append, execute='fake_point:execute', pack='auto', device='cpu').values()) == {True}
+    assert said[0] == '4 of 4 runs can train together' and sum('2 runs trained together in' in s for s in said) == 2
+    assert tracker.frame(tracker.open_db('results/study.db')).attempt.tolist() == [1]*4
