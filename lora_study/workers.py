@@ -384,7 +384,7 @@ def drive(
     todo = {run_id(r): name for r, name in labels.items()}
     before = {r['run_id']: r['attempt'] for r in db.execute('select run_id, attempt from runs where study=?', (study.name,)) if r['run_id'] in todo}
     planned = plan_seconds(study, db)
-    if how.get('pack'):
+    if how.get('pack') and envs:
         how |= dict(drivers=len(envs))
         say(announced([r for r, row in zip(labels, sweep.plan(db, study)) if not sweep.settled(row, how.get('retry_failed', False))]))
     job = lambda k, env: Job(number=k, study=study, results=str(results), before=before, how=how | (dict(device='cuda') if 'CUDA_VISIBLE_DEVICES' in env else {}), env=env, execute=execute)
