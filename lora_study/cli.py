@@ -176,6 +176,7 @@ def run_all(
 @told
 def run(file:StudyFile, results:Results=Path('results'), set:Override=None, device:Device='auto',
         workers:Annotated[str, typer.Option(help='Runs at a time: a number, or auto: one a GPU, or one a core as far as memory reaches. Costs are measured beside the others then.')]='1',
+        pack:Annotated[Optional[str], typer.Option(help='Runs that train together on one base, where engine is auto or fast: a number, or auto: as many as memory holds. Pays on a GPU that one small batch leaves half empty. Each run still has its own notebook and record, and costs measured alone.')]=None,
         timeout:Annotated[Optional[float], typer.Option(help='Seconds a notebook cell may take.')]=None,
         save_steps:Annotated[int, typer.Option(help='Optimizer steps between checkpoints inside a run; 0: none.', min=0)]=0,
         resume:Annotated[str, typer.Option(help='auto; strict: not where code, packages, data or device changed since the checkpoint; inexact: rather from weights alone than from the start.')]='auto',
@@ -185,15 +186,15 @@ def run(file:StudyFile, results:Results=Path('results'), set:Override=None, devi
     """Run everything in a study that is not done, then write its report.
 
     Ctrl-C or SIGTERM stops it; the same command goes on. Exit code 0: all runs are done; 1: some failed; 3: there was nothing to do."""
-    from lora_study import processes, sweep, workers as crew
+    from lora_study import processes, sweep, together, workers as crew
     from lora_study.config import read_study
     from lora_study.guards import before
     if resume not in ('auto', 'strict', 'inexact'): raise BadInput(f'--resume {resume}: expected auto, strict or inexact')
-    study, _ = read_study(file, overrides(set)), crew.how_many(workers, 1, [], None) # a number that is none is told before anything starts
+    study, *_ = read_study(file, overrides(set)), crew.how_many(workers, 1, [], None), together.most_of(pack) # a number that is none is told before anything starts
     notes = before(study, results, trust)
     if workers == '1' or not sys.stdout.isatty(): look, (say, step, stop) = (lambda standing: None), progress()
     else: say, step, look, stop = crew.on_terminal()
-    how = dict(device=device, timeout=timeout, save_steps=save_steps, resume=resume, retry_failed=retry_failed, retry_smaller=retry_smaller)
+    how = dict(device=device, timeout=timeout, save_steps=save_steps, resume=resume, retry_failed=retry_failed, retry_smaller=retry_smaller, pack=pack)
     try:
         for note in notes: say(f'note: {note}')
         with processes.orderly(): tried = run_all(study, results, workers, say, step, look, **how)

@@ -91,8 +91,9 @@ def timed(run:Run, done:list, name:str, kind:str) -> dict | None: # step_s, tota
     example = lambda r: r['tok_s']*r['step_s']/batch_of(r['run']) # tokens
     known = [example(r) for r in mine if same(r['run'], run, DATA)]
     tokens = batch_of(run)*(median(known) if known else run.max_length)
-    step = median(r['train_s']/r['train_steps'] for r in own) if own else tokens*median(r['train_s']/r['train_steps']/(example(r)*batch_of(r['run'])) for r in mine)
-    steps, rest = steps_of(run, own or mine), median(elapsed(r) - r['train_s'] for r in own or mine)
+    each = lambda r: r['train_s']/r['train_steps'] if 'train_s' in r else r['step_s'] # a run that trained in a pack has its probe's alone
+    step = median(map(each, own)) if own else tokens*median(each(r)/(example(r)*batch_of(r['run'])) for r in mine)
+    steps, rest = steps_of(run, own or mine), median(elapsed(r) - r.get('train_s', 0.) for r in own or mine) # its notebook did not train
     return dict(step_s=step, total_s=None if steps is None else steps*step + rest, how='same setting' if own else 'scaled by tokens' if known else 'scaled, rows taken as full')
 
 # %% ../nbs/41_forecast.ipynb #508115cd

@@ -35,7 +35,7 @@ def limit_bytes(
 
 # %% ../nbs/31_recommend.ipynb #17152948
 COSTS = dict( # name → columns of the tracker's frame, the first that was measured; how `report.amount` shows it; words after it
-    time=(('train_s',), 'train_s', 's of training'), parameters=(('trainable_params',), 'trainable_params', 'trainable parameters'),
+    time=(('train_s', 'probe_train_s'), 'train_s', 's of training'), parameters=(('trainable_params',), 'trainable_params', 'trainable parameters'),
     memory=(('probe_peak_allocated_bytes', 'probe_peak_rss_bytes', 'probe_peak_rss_since_start_bytes'), 'peak_bytes', 'at the peak of a training step'),
     disk=(('adapter_bytes',), 'adapter_bytes', 'on disk'), answer=(('merged_batch_1_token_s', 'adapter_batch_1_token_s'), 'step_s', 'a generated token'))
 

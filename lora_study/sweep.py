@@ -6,11 +6,12 @@
 __all__ = ['HOW', 'TRIES', 'SAVED_EVERY', 'KINDS', 'NO_MEMORY', 'MACHINE', 'read_template', 'check_kernel', 'mark_failure',
            'kernel_manager', 'NoKernel', 'PointClient', 'in_one_kernel', 'sparing', 'PointEngine', 'WholeFiles',
            'execute', 'explain', 'run_folder', 'finished', 'run_point', 'publish', 'kept_alive', 'labels', 'plan',
-           'settled', 'unfinished', 'keep_failure', 'make_room', 'attempt_run', 'sweep']
+           'settled', 'unfinished', 'keep_failure', 'make_room', 'attempt_run', 'company', 'in_pack', 'given_back',
+           'sweep']
 
 # %% ../nbs/10_sweep.ipynb #b106a63b
-import os, re, shutil, sqlite3, tempfile, threading, time
-from contextlib import contextmanager
+import math, os, re, shutil, sqlite3, tempfile, threading, time
+from contextlib import contextmanager, nullcontext
 from importlib.resources import files
 from pathlib import Path
 import nbformat
@@ -22,11 +23,12 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import LocalHandler, papermill_io
-from . import tracker
+from . import forecast, tracker
 from .config import BadInput, Run, Study, expand, label, run_id, varied
 from .guards import check_folders, cleaned, within
 from .pages import opened_with, point_page
 from .processes import ADVICE, Watch, can_be_asked, circumstances, ending, reap, watched
+from .together import alike, announced, most_of, partners, room_for, train_together, trained, why_apart
 from .warm import QUIET, warmed
 
 # %% ../nbs/10_sweep.ipynb #0416f06a
@@ -225,12 +227,19 @@ def publish(
 
 # %% ../nbs/10_sweep.ipynb #dab047d3
 @contextmanager
-def kept_alive(path, study:str, rid:str, attempt:int, lease:float=tracker.LEASE):
-    "Renews a claim in the background"
+def kept_alive(
+    path, study:str,
+    claims:list, # of (run, label, attempt); may grow
+    lease:float=tracker.LEASE,
+):
+    "Renews claims in the background"
     stop = threading.Event()
     def beat():
         while not stop.wait(lease/4):
-            try: db = tracker.open_db(path); tracker.renew(db, study, rid, attempt, lease); db.close()
+            try:
+                db = tracker.open_db(path)
+                for run, _, attempt in [*claims]: tracker.renew(db, study, run_id(run), attempt, lease)
+                db.close()
             except (sqlite3.Error, BadInput): pass # the next beat tries again
     t = threading.Thread(target=beat, daemon=True); t.start()
     try: yield
@@ -283,7 +292,7 @@ def attempt_run(db, path, study:Study, run:Run, name:str, attempt:int, results, 
     "One claimed run, through to done or failed"
     rid, start = run_id(run), time.perf_counter()
     try:
-        with kept_alive(path, study.name, rid, attempt):
+        with kept_alive(path, study.name, [(run, name, attempt)]):
             rec, folder = run_point(run, name, study.name, results, attempt, diagnostics=study.diagnostics, **how)
             if not tracker.renew(db, study.name, rid, attempt): say(f'{name}: taken over by another driver meanwhile'); return True
             tracker.finish(db, study.name, rec, attempt, publish(folder, rec, results, study.name, name, varied(study)))
@@ -305,6 +314,49 @@ def attempt_run(db, path, study:Study, run:Run, name:str, attempt:int, results, 
     say(f"{name} done in {time.perf_counter()-start:.1f} s: NLL {rec.metrics['base_nll']:.3f} → {rec.metrics['test_nll']:.3f}")
     return True
 
+# %% ../nbs/10_sweep.ipynb #81586422
+def company(
+    db, results, study:str,
+    mine:list,  # of (run, label, attempt): the one that is claimed
+    left:list,  # of (run, label): what is left of the study, that one included, what others are at last
+    most:float, drivers:int, device:str,
+) -> tuple: # of (run, label) in the order they are wanted; bytes expected
+    "The runs that could train with a claimed one"
+    (run, name, _), = mine
+    there = lambda r, n: trained((home := run_folder(results, study, n))/'checkpoints', run_id(r)) or any(home.glob('*/record.json'))
+    if why_apart(run) or there(run, name): return [], 0.
+    group = [(r, n) for r, n in left if not why_apart(r) and alike(r) == alike(run) and not there(r, n)]
+    if len(group) < 2: return [], 0.
+    room, kind = room_for(device, drivers)
+    chosen, expected = partners(run, [r for r, _ in group if r != run], min(most, math.ceil(len(group)/drivers)), room, forecast.finished(db), kind)
+    return [(r, n) for r, n in group if r in chosen], expected
+
+# %% ../nbs/10_sweep.ipynb #f06d4d5d
+def in_pack(
+    db, study:str, results,
+    mine:list, left:list, # as in `company`; the partners' claims are added to the first
+    who:str, most:float, drivers:int, say,
+    begin, # called with what is about to be done
+    device:str='auto', save_steps:int=0, resume:str='auto', timeout:float|None=None, **_,
+):
+    "Has a claimed run trained with others, where there are any"
+    try: chosen, expected = company(db, results, study, mine, left, most, drivers, device)
+    except BadInput as e: say(f'note: trained apart, because nothing can be predicted: {e}'); return
+    for r, n in chosen:
+        if a := tracker.claim(db, study, run_id(r), who): mine.append((r, n, a)) # one by one: what is claimed is known at any moment
+    if len(mine) < 2: return
+    begin(f'{len(mine)} runs together')
+    train_together([(r, n, run_folder(results, study, n), a) for r, n, a in mine], say, expected, device, save_steps, resume, timeout)
+
+# %% ../nbs/10_sweep.ipynb #ad61c47b
+@contextmanager
+def given_back(db, path, study:str, mine:list): # mine: of (run, label, attempt); may grow
+    "Keeps claims alive; those that were not used go back at the end"
+    try:
+        with kept_alive(path, study, mine): yield
+    finally:
+        for run, _, attempt in mine: tracker.release(db, study, run_id(run), attempt)
+
 # %% ../nbs/10_sweep.ipynb #20da11bc
 def sweep(
     study:Study,
@@ -313,6 +365,8 @@ def sweep(
     step=lambda done, of, name: None, # called when a run has been claimed; without a name while others are at what is left, and at the end
     before:dict|None=None, # run id → its attempts when drivers began together: what one of them has failed since is not for another to try again
     retry_failed:bool=False, # also runs that failed by their own doing
+    pack:str|None=None,    # runs that train together: a number, or auto: as many as memory holds; None: none
+    drivers:int=1,         # at work on this machine
     **how,                 # device, timeout, save_steps, resume, execute, template of `run_point`, retry_smaller of `attempt_run`
 ) -> dict: # label → whether it is done, for the runs this driver attempted
     "Runs everything in a study that is not settled"
@@ -325,17 +379,20 @@ def sweep(
     if ended := [p for note in (Path(results)/study.name/'runs').glob('*/attempt-*/process.json') for p in reap(note)]: say(f'{len(ended)} processes left over by a driver that died are ended')
     ids = {name: run_id(run) for run, name in todo.items()}
     states = lambda: {r['run_id']: r for r in db.execute('select run_id, status, error_kind, attempt from runs where study=?', (study.name,))}
-    before = {i: r['attempt'] for i, r in states().items()} if before is None else before
+    before, most = {i: r['attempt'] for i, r in states().items()} if before is None else before, most_of(pack)
     over = lambda r: settled(r, retry_failed) or (r['status'] == 'failed' and r['attempt'] > before.get(r['run_id'], 0))
-    while True:
-        now = states()
-        left = [(r, n) for r, n in todo.items() if n not in tried and not over(now[ids[n]])]
-        if not left: break
-        for run, name in sorted(left, key=lambda x: now[ids[x[1]]]['status'] == 'running'):
+    left_of = lambda now: sorted(((r, n) for r, n in todo.items() if n not in tried and not over(now[ids[n]])), key=lambda x: now[ids[x[1]]]['status'] == 'running')
+    if most and drivers == 1 and (new := left_of(states())): say(announced([r for r, _ in new]))
+    while left := left_of(states()):
+        for run, name in left:
             if attempt := tracker.claim(db, study.name, ids[name], who): break
         else: step(len(todo) - len(left), len(todo), ''); time.sleep(1); continue # others are at what is left
-        step(len(todo) - len(left), len(todo), name)
-        tried[name] = attempt_run(db, path, study, run, name, attempt, results, say, **how)
+        mine = [(run, name, attempt)]
+        with given_back(db, path, study.name, mine) if most else nullcontext():
+            if most: in_pack(db, study.name, results, mine, left, who, most, drivers, say, lambda what: step(len(todo) - len(left), len(todo), what), **how)
+            for k, (run, name, attempt) in enumerate(mine):
+                step(len(todo) - len(left) + k, len(todo), name)
+                tried[name] = attempt_run(db, path, study, run, name, attempt, results, say, **how)
     step(len(todo), len(todo), '')
     db.close()
     return tried

@@ -66,7 +66,7 @@ def quality_table(metrics:dict) -> str:
 
 # %% ../nbs/39_tables.ipynb #ea791d20
 COSTS = dict(trainable_params='trainable parameters', total_params='parameters in all', step_s='a training step (probe)', tok_s='tokens a second (probe)', train_steps='optimizer steps',
-             base_weight_bytes="the base's weights", time_to_first_step_s='seconds to the first step', train_s='seconds of training alone', epoch_s='seconds an epoch', validation_s='seconds of validation', base_eval_s='seconds evaluating the base', test_eval_s='seconds evaluating the adapter', adapter_bytes='what was trained, on disk', checkpoint_bytes='a checkpoint, on disk')
+             base_weight_bytes="the base's weights", time_to_first_step_s='seconds to the first step', train_s='seconds of training alone', probe_train_s='seconds of training alone, by the probe: steps × a step', epoch_s='seconds an epoch', validation_s='seconds of validation', base_eval_s='seconds evaluating the base', test_eval_s='seconds evaluating the adapter', adapter_bytes='what was trained, on disk', checkpoint_bytes='a checkpoint, on disk')
 
 # %% ../nbs/39_tables.ipynb #fbd266af
 def cost_table(metrics:dict) -> str:

@@ -93,6 +93,7 @@ class Loop:
     seconds: float = 0.       # spent in them
     resumed_at: int = 0       # the step a checkpoint was taken up at; 0: none
     notes: list = field(default_factory=list) # what a reader of the record should know of the resume
+    packed_with: list = field(default_factory=list) # ids of the runs it trained together with, on one base
     micro_batch: int|None = None # rows at a time; None: per_device_train_batch_size
     times: StepTimes = field(default_factory=StepTimes) # of the steps since it was made or resumed
     history: dict = field(default_factory=lambda: dict(train=[], validation=[], adapter=[])) # step, loss, learning_rate; step, nll; step, a_norm, b_norm, update_norm
@@ -305,7 +306,7 @@ def save_checkpoint(loop:Loop, folder) -> Path:
         part.mkdir()
         save_file({n: p.detach() for n, p in loop.model.named_parameters() if p.requires_grad}, part/'adapter.safetensors')
         with (part/'state.pt').open('wb') as f: torch.save(dict(optimizer=loop.optimizer.state_dict(), schedule=loop.schedule.state_dict(), rng=rng), f)
-        about = dict(run_id=run_id(loop.run), step=loop.step, seconds=loop.seconds, history=loop.history, notes=loop.notes, made_with=made_with(loop))
+        about = dict(run_id=run_id(loop.run), step=loop.step, of=loop.total, seconds=loop.seconds, history=loop.history, notes=loop.notes, packed_with=loop.packed_with, made_with=made_with(loop))
         (part/'loop.json').write_text(json.dumps(about))
         (part/'manifest.json').write_text(json.dumps(sealed_files(part)))
     for old in sorted(folder.glob('checkpoint-*'))[:-2]: shutil.rmtree(old, ignore_errors=True)
@@ -346,6 +347,7 @@ def load_weights(loop:Loop, checkpoint:Path):
             if p.requires_grad: p.copy_(kept[n])
     loop.step, loop.seconds, loop.history, loop.resumed_at = saved['step'], saved['seconds'], saved['history'], saved['step']
     loop.notes += [n for n in saved.get('notes', []) if n not in loop.notes]
+    loop.packed_with = saved.get('packed_with', [])
 
 # %% ../nbs/08_train.ipynb #f1cc8f67
 def load_checkpoint(loop:Loop, checkpoint:Path):

@@ -25,6 +25,7 @@ from .config import BadInput, Study, expand, run_id
 from .forecast import amount_of, elapsed, forecast, span, totals
 from .guards import cleaned
 from .processes import orderly
+from .together import announced
 
 # %% ../nbs/51_workers.ipynb #20bcdad4
 GROUPS = Path('/sys/fs/cgroup')
@@ -383,6 +384,9 @@ def drive(
     todo = {run_id(r): name for r, name in labels.items()}
     before = {r['run_id']: r['attempt'] for r in db.execute('select run_id, attempt from runs where study=?', (study.name,)) if r['run_id'] in todo}
     planned = plan_seconds(study, db)
+    if how.get('pack') and envs:
+        how |= dict(drivers=len(envs))
+        say(announced([r for r, row in zip(labels, sweep.plan(db, study)) if not sweep.settled(row, how.get('retry_failed', False))]))
     job = lambda k, env: Job(number=k, study=study, results=str(results), before=before, how=how | (dict(device='cuda') if 'CUDA_VISIBLE_DEVICES' in env else {}), env=env | warm.shared(), execute=execute)
     crew = Crew(executor or LocalProcesses(), {k: job(k, env) for k, env in enumerate(envs, 1)}, say, step, restarts)
     try:
