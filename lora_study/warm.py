@@ -40,7 +40,8 @@ def become_kernel(argv:list, env:dict, cwd:str):
     "Turns a forked process into an ipykernel; never returns"
     os.setsid(); os.chdir(cwd)
     os.environ.clear(); os.environ.update(env)
-    for n in ([int(asked)] if (asked := env.get('OMP_NUM_THREADS', '')).isdecimal() else THREADS) if 'torch' in sys.modules else []: sys.modules['torch'].set_num_threads(n) # here, while there is one thread: torch makes its pool anew after a fork, and not safely among several
+    threads = [int(asked)] if (asked := env.get('OMP_NUM_THREADS', '')).isdecimal() else THREADS
+    for n in threads if 'torch' in sys.modules else (): sys.modules['torch'].set_num_threads(n) # here, while there is one thread: torch makes its pool anew after a fork, and not safely among several
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
     from ipykernel.kernelapp import IPKernelApp
     sys.argv, sys.path[0] = ['ipykernel_launcher', *argv], '' # as a started kernel has them
