@@ -28,7 +28,7 @@ FLAT_TYPES = ('llama', 'mistral', 'qwen2') # kinds of base that `fast.FLAT` comp
 # %% ../nbs/44_together.ipynb #998013f0
 def why_apart(run:Run) -> str | None: # None: nothing speaks against it
     "Why a run trains by itself, as far as its arguments tell"
-    rules = {"engine = 'peft', the reference": run.engine == 'peft', 'use_peft: false': not run.use_peft, f'task_type = {run.task_type!r}': run.task_type != 'CAUSAL_LM',
+    rules = {"engine = 'peft', the reference: set auto": run.engine == 'peft', 'use_peft: false': not run.use_peft, f'task_type = {run.task_type!r}': run.task_type != 'CAUSAL_LM',
              f'init_lora_weights = {run.init_lora_weights!r}': run.init_lora_weights not in (True, 'gaussian'), 'use_dora': run.use_dora, 'lora_dropout': run.lora_dropout > 0,
              f'bias = {run.bias!r}': run.bias != 'none', 'load_in_8bit': run.load_in_8bit, "dtype = 'float16'": run.dtype == 'float16', 'trust_remote_code': run.trust_remote_code}
     if why := next((w for w, holds in rules.items() if holds), None): return why

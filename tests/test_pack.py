@@ -56,7 +56,7 @@ def alone(tmp_path_factory):
 def test_runs_that_train_together_are_the_runs_they_are_alone(folder, alone):
     said, steps = [], []
     done = sweep.sweep(STUDY, 'results', said.append, lambda *s: steps.append(s), pack='auto', execute=in_place, device='cpu')
-    assert said[0] == "4 of 5 runs can train together; apart: 1 (engine = 'peft', the reference)"
+    assert said[0] == "4 of 5 runs can train together; apart: 1 (engine = 'peft', the reference: set auto)"
     assert list(done) == NAMES and list(done.values()) == [True]*3 + [False, True] and (0, 5, '4 runs together') in steps
     ids = {n: run_id(r) for r, n in sweep.labels(STUDY).items()}
     for n in NAMES[:3]:
@@ -202,7 +202,7 @@ def test_packed_from_the_command_line(folder):
 @pytest.mark.slow
 @pytest.mark.fault(30, 31, 32)
 def test_a_pack_ends_with_its_driver_and_the_next_one_goes_on(folder):
-    Path('tiny.yaml').write_text(FILE.format(1200))
+    Path('tiny.yaml').write_text(FILE.format(600))
     steps = lambda: [int(c.name[-8:]) for c in Path('results/tiny/runs').glob('*/checkpoints/checkpoint-*')]
     def begun(beyond, *how): # a driver whose pack is beyond a step, and its pack
         driver, end = subprocess.Popen(command('run', 'tiny.yaml', '--pack', 'auto', *how), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True), time.time() + 300
@@ -215,14 +215,14 @@ def test_a_pack_ends_with_its_driver_and_the_next_one_goes_on(folder):
     driver.terminate()
     assert driver.wait(60) == 143 and psutil.wait_procs(mine, timeout=20)[1] == []
     first = max(steps()) # it was asked to save, and did
-    assert len(steps()) == 2 and 3 < first < 1200 and tracker.frame(tracker.open_db('results/study.db'), 'tiny').status.tolist() == ['waiting']*2
+    assert len(steps()) == 2 and 3 < first < 600 and tracker.frame(tracker.open_db('results/study.db'), 'tiny').status.tolist() == ['waiting']*2
     driver, mine = begun(first, '--save-steps', 20)
     driver.kill(); driver.wait()
     assert psutil.wait_procs(mine, timeout=20)[1] == []
-    again = cli('run', 'tiny.yaml', '--pack', 'auto')
+    again = cli('run', 'tiny.yaml', '--pack', 'auto', timeout=1800)
     assert again.returncode == 0, again.stdout + again.stderr
     df = tracker.frame(tracker.open_db('results/study.db'), 'tiny')
-    assert df.attempt.tolist() == [3, 3] and (df.resumed_at_step == 1200).all() and df.packed_with.tolist() == df.run_id.tolist()[::-1]
+    assert df.attempt.tolist() == [3, 3] and (df.resumed_at_step == 600).all() and df.packed_with.tolist() == df.run_id.tolist()[::-1]
 
 @pytest.mark.slow
 def test_workers_have_packs_of_their_own(folder, monkeypatch):
