@@ -33,7 +33,7 @@ def random_base(name:str, device:torch.device, dtype=torch.bfloat16, four_bits:b
         for name, m in list(model.named_modules()):
             if not isinstance(m, torch.nn.Linear) or m is model.get_output_embeddings(): continue
             small = bnb.nn.Linear4bit(m.in_features, m.out_features, m.bias is not None, compute_dtype=dtype, quant_type='nf4', device='meta')
-            small.weight = bnb.nn.Params4bit(m.weight.data, requires_grad=False, quant_type='nf4', module=small).to(device)
+            small.weight = bnb.nn.Params4bit(m.weight.data, requires_grad=False, quant_type='nf4', compress_statistics=False, module=small).to(device)
             if m.bias is not None: small.bias = m.bias
             model.set_submodule(name, small)
         model.is_loaded_in_4bit, model.config.quantization_config = True, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=dtype)
@@ -55,7 +55,7 @@ def held(device:torch.device) -> int: # bytes
 def emptied():
     "Gives back what Python and the C library keep of freed memory, which would count as held"
     gc.collect()
-    if sys.platform == 'linux': ctypes.CDLL(None).malloc_trim(0)
+    if sys.platform == 'linux' and (trim := getattr(ctypes.CDLL(None), 'malloc_trim', None)): trim(0)
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 def step_peak(base, runs:list, length:int) -> int: # bytes above what was held before
@@ -78,6 +78,7 @@ def cell(base, k:int, batch:int, length:int, rounds:int, **more) -> dict:
 
 def measured(name:str, stored:str, base, batches, length:int, together, rounds:int, **more) -> list:
     rows, start = [], time.perf_counter()
+    step_peak(base, runs_of(1, batches[0], length, **more), length) # what libraries take once is not a step's
     for batch in batches:
         for k in together:
             rows.append(dict(base=name, dtype=stored, device=next(base.parameters()).device.type, base_bytes=weight_bytes(base), batch=batch, together=k, length=length, rounds=rounds) | cell(base, k, batch, length, rounds, **more)); r = rows[-1]
