@@ -6,6 +6,7 @@ Three ways to the same list of dicts, interleaved, medians of the rounds; the fi
 """
 import json, statistics, tempfile, time
 from pathlib import Path
+from conditions import conditions, written
 from lora_study import world
 
 ROUNDS, ROWS = 5, 20_000
@@ -26,7 +27,7 @@ def timed(call, *args) -> tuple: # rows a second, the rows
 def main():
     from datasets.utils.logging import disable_progress_bar
     disable_progress_bar()
-    speeds = {}
+    speeds, found = {}, conditions()
     for k in range(ROUNDS):
         with tempfile.TemporaryDirectory() as d:
             speed, rows = timed(generated, 'train')
@@ -42,6 +43,6 @@ def main():
     rival = medians['datasets, json']
     table = [dict(way=name, rows_per_second=round(m), ratio_to_datasets=round(m/rival, 2)) for name, m in medians.items()]
     for row in table: print(f"{row['way']:20} {row['rows_per_second']:>10,} rows/s {row['ratio_to_datasets']:>6} ×")
-    Path(__file__).with_suffix('.json').write_text(json.dumps(dict(rows=ROWS, rounds=ROUNDS, results=table), indent=1) + '\n')
+    written(__file__, found | dict(rows=ROWS, rounds=ROUNDS, results=table))
 
 if __name__ == '__main__': main()

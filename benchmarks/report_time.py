@@ -1,6 +1,6 @@
 """How long a report takes, and how large it is, by the number of runs.
 
-    python benchmarks/report_time.py [RUNS …]      # prints a table, writes benchmarks/report_time.json
+    python benchmarks/report_time.py [RUNS …]      # 100 1000 10000 unless said; prints a table, writes benchmarks/report_time.json
 
 Planted databases: settings of rank × alpha with ten seeds each and twenty test examples a run, in the shape real runs leave behind. Each step is timed once, in a database of its own.
 """
@@ -8,6 +8,7 @@ import json, resource, sqlite3, sys, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
+from conditions import conditions, written
 from lora_study import evidence, tracker
 from lora_study.config import Run, Study, run_id
 from lora_study.document import faults, to_html, to_markdown
@@ -54,13 +55,13 @@ def measure(n:int) -> dict:
         with clock(out, 'records'): tracker.export_study(db, 'planted')
         found = faults(page)
         assert not found, found[:3]
-    return dict(runs=n, settings=len(e), **out, html_bytes=len(page.encode()), markdown_bytes=len(text.encode()), peak_rss_mib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024))
+    return dict(runs=n, settings=len(e), cpu_s=sum(v['cpu_s'] for k, v in out.items() if k in ('report', 'html', 'markdown', 'records')), **out, html_bytes=len(page.encode()), markdown_bytes=len(text.encode()), peak_rss_mib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024))
 
 def main():
-    rows = []
+    rows, found = [], conditions()
     for n in [int(a) for a in sys.argv[1:]] or [100, 1000, 10_000]:
         rows.append(measure(n)); r = rows[-1]
-        print(f"{n:6} runs: " + ', '.join(f"{k} {v['cpu_s']:.2f}" for k, v in r.items() if isinstance(v, dict)) + f" s of processor; {r['html_bytes']/2**20:.2f} MiB of HTML, {r['markdown_bytes']/2**20:.2f} MiB of markdown; {r['peak_rss_mib']} MiB peak", flush=True)
-    Path(__file__).with_suffix('.json').write_text(json.dumps(rows, indent=1) + '\n')
+        print(f"{n:6} runs: " + ', '.join(f"{k} {v['cpu_s']:.2f}" for k, v in r.items() if isinstance(v, dict)) + f" s of processor; {r['html_bytes']/2**20:.2f} MiB of HTML, {r['markdown_bytes']/2**20:.2f} MiB of markdown; {r['peak_rss_mib']} MiB peak; {1000*r['cpu_s']/n:.1f} s for 1,000 runs", flush=True)
+    written(__file__, found | dict(rows=rows))
 
 if __name__ == '__main__': main()

@@ -1,20 +1,27 @@
 """How long a training step takes, here and with Trainer + PEFT and TRL, on Llamas of random weights.
 
-    python benchmarks/step_speed.py [--shapes S5 S17] [--rounds 5] [--steps 4] [--dataset FILE] [--trl]   # prints a table, writes benchmarks/step_speed.json
+    python benchmarks/step_speed.py [--shapes S5 S17] [--rounds 5] [--steps 4] [--dataset FILE] [--trl] [--quick]   # prints a table, writes benchmarks/step_speed.json
 
 Each way lives in a process of its own, on one thread, and they take turns: a round is `steps` optimizer steps of each, in an order that rotates. Medians over all steps after the first of a round; ratios are of
 medians. Processor seconds are what to read on a machine that does something else too. Peak memory is that of the process, less what it held when all was imported and no model made. Rows are
 full (every row 256 tokens) and uneven (lengths of FILE's rows, or drawn so that padding is 1.7 times the tokens). --trl fetches TRL, without its dependencies, into a folder of its own under ~/.cache/lora_study.
+A shape and kind of rows that is measured again takes the place of its row in the JSON; the others stay. Beside the times: the machine's own rate, of bfloat16 products in the base's own sizes on one thread, what a step needs
+in floating-point operations (the head and the end of the last layer only where a label is), and where one more step of each of our ways goes by torch.profiler, by kind of operation.
 """
-import argparse, json, os, random, subprocess, sys, tempfile, time
+import argparse, json, os, random, re, subprocess, sys, tempfile, time
 from pathlib import Path
 from statistics import median
+from conditions import conditions, written
 
 SHAPES = dict(S5=dict(vocab_size=2048, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4),
-              S17=dict(vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=9, num_attention_heads=6, num_key_value_heads=6))
+              S17=dict(vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=9, num_attention_heads=6, num_key_value_heads=6),
+              S60=dict(vocab_size=8192, hidden_size=640, intermediate_size=1728, num_hidden_layers=10, num_attention_heads=10, num_key_value_heads=10))
 WAYS = dict(fast_bf16='lora_study, engine fast, base in bfloat16', fast_fp32='lora_study, engine fast, float32', plain_bf16='lora_study, engine peft, base in bfloat16', full_bf16='lora_study, the whole base, bfloat16',
             trainer_fp32='Trainer + PEFT, float32', trainer_bf16='Trainer + PEFT, bf16=True', trl='TRL SFTTrainer, its defaults')
 BATCH, LENGTH, RANK, TRL = 8, 256, 16, Path('~/.cache/lora_study/trl').expanduser()
+
+OPERATIONS = {'matrix products': r'mm\b|mm_\b|bmm|linear|matmul|mkldnn', 'attention': r'attention', 'loss': r'softmax|cross_entropy|nll_loss|gather|scatter', 'optimizer': r'foreach|adam|Optimizer|clip_grad',
+              'casts and copies': r'copy|clone|contiguous|::cat|::to\b|index|empty|fill|zero'} # of torch.profiler's names; the first that fits
 
 def peak_bytes() -> int:
     "Peak of resident memory so far"
@@ -71,8 +78,44 @@ def theirs(way:str, shape:str, rows:list, steps:int, note):
         trainer = Trainer(get_peft_model(model_of(shape), lora), TrainingArguments(**common, bf16=way == 'trainer_bf16', remove_unused_columns=False), train_dataset=rows, data_collator=collate, callbacks=[Clock()])
     trainer.train()
 
+def matrix_rate(shape:str, seconds:float=.5) -> float: # operations a second
+    "What this machine reaches on the base's own products, one after the other, bfloat16 on this process's threads"
+    import torch
+    s, tokens, spent, done = SHAPES[shape], BATCH*LENGTH, 0., 0
+    h, f = s['hidden_size'], s['intermediate_size']
+    sizes = [(h, h)]*4 + [(h, f)]*2 + [(f, h), (h, s['vocab_size'])]
+    pairs = [(torch.randn(tokens, a, dtype=torch.bfloat16), torch.randn(b, a, dtype=torch.bfloat16)) for a, b in sizes]
+    for x, w in pairs: x @ w.T
+    while spent < seconds:
+        start = time.process_time()
+        for x, w in pairs: x @ w.T
+        spent += time.process_time() - start; done += sum(2*tokens*a*b for a, b in sizes)
+    return done/spent
+
+def needed(shape:str, rows:list) -> float: # floating-point operations
+    "What an optimizer step of LoRA needs: forward and the gradient of the input through the base, both and their own gradient for the adapters, causal attention"
+    s = SHAPES[shape]; h, f, layers = s['hidden_size'], s['intermediate_size'], s['num_hidden_layers']
+    tokens, scored = (sum(of(r) for r in rows)/len(rows)*BATCH for of in (lambda r: len(r['ids']), lambda r: len(r['ids']) - r['prompt']))
+    late, early = h*h + 3*h*f, 3*h*h # weights after attention, before it
+    adapters = lambda n: RANK*sum(a + b for a, b in n)
+    layer = lambda kept: 4*(early*tokens + late*kept) + 6*(adapters([(h, h)]*3)*tokens + adapters([(h, h), (h, f), (h, f), (f, h)])*kept)
+    attention = 6*h*layers*BATCH*sum(len(r['ids'])**2 for r in rows)/len(rows)
+    return layer(tokens)*(layers - 1) + layer(scored) + 4*h*s['vocab_size']*scored + attention
+
+def where_it_goes(step) -> dict: # kind of operation → share of the step's processor time
+    "One step by torch.profiler; what no operation took is Python's"
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CPU]) as p: start = time.process_time(); step(); spent = time.process_time() - start
+    out = {}
+    for e in p.key_averages():
+        if '::' not in e.key: continue # our own functions around operations
+        kind = next((k for k, pattern in OPERATIONS.items() if re.search(pattern, e.key)), 'elementwise and norms')
+        out[kind] = out.get(kind, 0.) + e.self_cpu_time_total/1e6
+    total = max(spent, sum(out.values()))
+    return {k: v/total for k, v in sorted(out.items(), key=lambda x: -x[1])} | {'outside operations': 1 - sum(out.values())/total}
+
 def worker(way:str, shape:str, file:str):
-    "Reads how many steps to take, a line each; answers with one line of JSON"
+    "Reads how many steps to take, or what else to measure, a line each; answers with one line of JSON"
     import logging, warnings
     warnings.filterwarnings('ignore'); logging.disable(logging.WARNING)
     answers, sys.stdout = sys.stdout, sys.stderr
@@ -87,6 +130,10 @@ def worker(way:str, shape:str, file:str):
     if going: next(going)
     for line in sys.stdin:
         times, start = [], None
+        if not line.strip().isdigit():
+            said = matrix_rate(shape) if line.strip() == 'rate' else where_it_goes(lambda: next(going))
+            answers.write(json.dumps(said) + '\n'); answers.flush()
+            continue
         def note(begins):
             nonlocal start
             if begins: start = clock()
@@ -130,11 +177,13 @@ def measure(shape:str, kind:str, ways:list, rounds:int, steps:int, dataset:str|N
                     try: p.stdin.write(f'{steps + 1}\n'); p.stdin.flush(); said = json.loads(p.stdout.readline())
                     except (ValueError, OSError): print(f'  {w}: could not run', file=sys.stderr); workers.pop(w); continue
                     if k: times[w] += said['times'][1:]; extra[w] = max(extra.get(w, 0), said['extra_bytes'])
+            ask = lambda w, line: (workers[w].stdin.write(line + '\n'), workers[w].stdin.flush(), json.loads(workers[w].stdout.readline()))[-1]
+            rate, goes = ask('fast_bf16', 'rate'), {w: ask(w, 'profile') for w in ways if w in workers and not w.startswith('tr')}
         finally:
             for p in workers.values(): p.kill()
         tokens = sum(len(r['ids']) for r in rows)/len(rows)*BATCH
         out = {w: dict(step_s=median(t[0] for t in ts), cpu_s=median(t[1] for t in ts), tok_s=tokens/median(t[0] for t in ts), tok_cpu_s=tokens/median(t[1] for t in ts), extra_mib=extra[w]/2**20) for w, ts in times.items() if ts}
-        return dict(shape=shape, rows=kind, tokens_a_step=tokens, load_average=os.getloadavg()[0], rounds=rounds, steps=steps, ways=out,
+        return dict(shape=shape, rows=kind, tokens_a_step=tokens, rounds=rounds, steps=steps, ways=out, operations=needed(shape, rows), matrix_rate=rate, rate_reached=needed(shape, rows)/out['fast_bf16']['cpu_s']/rate, profile=goes,
                     ratios={w: dict(wall=o['step_s']/out['fast_bf16']['step_s'], cpu=o['cpu_s']/out['fast_bf16']['cpu_s']) for w, o in out.items()})
 
 def main():
@@ -142,15 +191,18 @@ def main():
     ask = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     ask.add_argument('--shapes', nargs='+', choices=SHAPES, default=list(SHAPES)); ask.add_argument('--rows', nargs='+', choices=('full', 'uneven'), default=['full', 'uneven'])
     ask.add_argument('--ways', nargs='+', choices=WAYS, default=[w for w in WAYS if w != 'trl']); ask.add_argument('--dataset'); ask.add_argument('--trl', action='store_true')
-    ask.add_argument('--rounds', type=int, default=5); ask.add_argument('--steps', type=int, default=4)
+    ask.add_argument('--rounds', type=int, default=5); ask.add_argument('--steps', type=int, default=4); ask.add_argument('--quick', action='store_true', help='S5, full rows, one round of one step, two ways')
     a = ask.parse_args()
+    if a.quick: a.shapes, a.rows, a.rounds, a.steps, a.ways = ['S5'], ['full'], 1, 1, ['fast_bf16', 'full_bf16']
     if a.trl: fetch_trl()
     ways, found = list(dict.fromkeys(['fast_bf16', *a.ways, *(['trl'] if a.trl else [])])), []
     for shape in a.shapes:
         for kind in a.rows:
-            found.append(measure(shape, kind, ways, a.rounds, a.steps, a.dataset)); r = found[-1]
-            print(f"{shape}, {kind} rows, {r['tokens_a_step']:.0f} tokens a step, load {r['load_average']:.1f}")
+            found.append(conditions() | (dict(quick=True) if a.quick else {}) | measure(shape, kind, ways, a.rounds, a.steps, a.dataset)); r = found[-1]
+            print(f"{shape}, {kind} rows, {r['tokens_a_step']:.0f} tokens a step, load {r['load_average']:.1f}; {r['matrix_rate']/1e9:.0f} GFLOP/s in its products alone, {r['rate_reached']:.0%} of it in a step: " + ', '.join(f'{k} {v:.0%}' for k, v in r['profile']['fast_bf16'].items()))
             for w, o in r['ways'].items(): print(f"  {WAYS[w]:45} {1000*o['step_s']:7.0f} ms {1000*o['cpu_s']:7.0f} ms of processor {o['tok_cpu_s']:8.0f} tokens a processor second, {r['ratios'][w]['cpu']:5.2f} times the first, {o['extra_mib']:6.0f} MiB more at the peak", flush=True)
-    Path(__file__).with_suffix('.json').write_text(json.dumps(found, indent=1) + '\n')
+    file = Path(__file__).with_suffix('.json')
+    kept = [r for r in (json.loads(file.read_text())['rows'] if file.exists() else []) if (r['shape'], r['rows']) not in {(f['shape'], f['rows']) for f in found}]
+    written(__file__, dict(rows=kept + found))
 
 if __name__ == '__main__': main()

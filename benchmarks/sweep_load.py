@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import median
 import nbformat
+from conditions import conditions, written
 from lora_study import sweep, tracker, workers
 from lora_study.config import Run, Study, run_id
 
@@ -66,14 +67,13 @@ def swept(n:int, results:Path, k:int) -> dict: # k: workers; 0: this process dri
 def main():
     n, k = [int(a) for a in sys.argv[1:]] + [2000, 8][len(sys.argv) - 1:]
     os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get('PYTHONPATH')])) # where workers find `point`
-    rows = []
+    rows, found = [], conditions()
     with tempfile.TemporaryDirectory() as d:
         for way in (lambda: plain(n, Path(d)), lambda: swept(n, Path(d)/'one', 0), lambda: swept(n, Path(d)/'many', k)):
             before = os.getloadavg()[0]
             rows.append(way() | dict(load_average_before=round(before, 2), load_average_after=round(os.getloadavg()[0], 2))); r = rows[-1]
             print(f"{r['way']:24} {r['runs']} runs in {r['wall_s']:.1f} s, {r['runs_per_s']:.1f} a second; overhead {r['overhead_ms']['median']:.1f} ms a run (95 %: {r['overhead_ms']['p95']:.1f}), {r['overhead_cpu_ms']['median']:.1f} of the processor"
                   + (f"; {r['database_bytes']/2**20:.1f} MiB, {r['integrity_check']}" if 'database_bytes' in r else ''), flush=True)
-    found = dict(cores=workers.usable_cores(), point_s=POINT_S, code_version=tracker.provenance()['code_version'], ways=rows)
-    Path(__file__).with_suffix('.json').write_text(json.dumps(found, indent=1) + '\n')
+    written(__file__, found | dict(cores=workers.usable_cores(), point_s=POINT_S, code_version=tracker.provenance()['code_version'], ways=rows))
 
 if __name__ == '__main__': main()

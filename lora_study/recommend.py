@@ -21,7 +21,7 @@ from .evidence import BY_EXAMPLE, Evidence, contrast, contrasts, delta, higher_i
 from .memory import card
 from .report import amount, peak_column
 from .stats import Estimate, t_interval
-from .verdicts import MIN_SEEDS, Verdict, compare_all, settled
+from .verdicts import MIN_SEEDS, Verdict, decide, held_together, settled
 
 # %% ../nbs/31_recommend.ipynb #2a5686f0
 def limit_bytes(
@@ -99,13 +99,13 @@ def choose(
 ) -> str: # a setting
     "The setting a goal asks for, from what was measured"
     sign = -1 if higher else 1
-    rank = {n: (quality[n].isna().sum(), sign*quality[n].mean() if quality[n].notna().any() else math.inf) for n in quality}
+    rank = dict(zip(quality, zip(quality.isna().sum().tolist(), (sign*quality.mean()).fillna(math.inf).tolist())))
     top = min(rank, key=rank.get)
     if goal.cost is None: return top
     gains = [n for n in rank if base is None or rank[n][1] < sign*base]
     pool = [top, *ties(top)] if goal.tied else gains or [top]
-    paid = cost[pool].mean().dropna()
-    near = [n for n in pool if n in paid and paid[n] <= paid.min()*(1 + goal.near)]
+    paid = cost[pool].mean().dropna().to_dict()
+    near = [n for n in pool if n in paid and paid[n] <= min(paid.values())*(1 + goal.near)]
     return min(near or [top], key=rank.get)
 
 # %% ../nbs/31_recommend.ipynb #6af593ef
@@ -177,9 +177,10 @@ def regret(
     higher, δ, seeds = higher_is_better(metric), delta(e, metric), quality.dropna(how='all').index
     seeds = [s for s in seeds if all(s in e.settings[n].index for n in names)]
     found, tokens = tables(e, names, metric) if goal.tied and δ is not None else ({}, None)
-    ties = lambda part: lambda top: [v.comparison.a for v in compare_all({n: t.loc[part] for n, t in found.items()}, top, metric, min_seeds=2, margin=δ, tokens=tokens, higher_is_better=higher)
-                                     if v.verdict == 'equivalent'] if found else []
-    pick = lambda part: choose(quality.loc[part], None if cost is None else cost.loc[part], goal, ties(part), higher, evidence.base_value(e, metric))
+    row, found, base = {s: k for k, s in enumerate(seeds)}, {n: t.loc[seeds].to_numpy(float) for n, t in found.items()}, evidence.base_value(e, metric)
+    together = lambda at, top: held_together({n: x[at] for n, x in found.items()}, top, metric, margin=δ, tokens=tokens, higher_is_better=higher) if found else []
+    ties = lambda part: lambda top: [c.a for c in together([row[s] for s in part], top) if decide(c, min_seeds=2) == 'equivalent']
+    pick = lambda part: choose(quality.loc[part], None if cost is None else cost.loc[part], goal, ties(part), higher, base)
     whole = quality.loc[seeds]
     whole = pd.DataFrame(settled(whole.to_numpy(), -math.inf if not higher else math.inf, higher)[0], whole.index, whole.columns) if len(whole) and whole.notna().any(axis=None) else whole
     return cross_fit(whole, pick, higher, level)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MIN_SEEDS', 'margin', 'replicate_sd', 'p_equivalence', 'diverged', 'divergence', 'settled', 'median_interval',
            'sign_test', 'power', 'minimum_detectable', 'Comparison', 'decide', 'chance_decided', 'more_seeds',
-           'aligned', 'measure', 'Verdict', 'phrase', 'judge', 'compare', 'compare_all', 'verdict_table', 'Optimum',
-           'vertices', 'best_learning_rate', 'pareto_front', 'pareto']
+           'aligned', 'measure', 'Verdict', 'phrase', 'judge', 'compare', 'held_together', 'compare_all',
+           'verdict_table', 'Optimum', 'vertices', 'best_learning_rate', 'pareto_front', 'pareto']
 
 # %% ../nbs/28_verdicts.ipynb #d0ae2af4
 import math
@@ -263,14 +263,14 @@ def compare(
     return judge(measure(a, b, names, metric, alpha=alpha, **more), alpha, min_seeds)
 
 # %% ../nbs/28_verdicts.ipynb #9a121831
-def compare_all(
+def held_together(
     settings:dict,  # name → scores, as in `measure`
     reference:str,  # the name all others are compared with
-    metric:str='test_nll', min_seeds:int=MIN_SEEDS, alpha:float=.05,
+    metric:str='test_nll', alpha:float=.05,
     optima:dict|None=None, # name → Optimum
     **more,         # as in `measure`
-) -> list: # a Verdict for each other setting
-    "Every setting against a reference, held together by Holm"
+) -> list: # a Comparison for each other setting
+    "Every setting against a reference, the p-values adjusted by Holm"
     if reference not in settings: raise BadInput(f'reference = {reference!r}: not among {", ".join(map(repr, settings))}')
     optima, named = optima or {}, [n for n in settings if n != reference]
     cs = [measure(settings[n], settings[reference], (n, reference), metric, alpha=alpha, optima=tuple(optima[k] for k in (n, reference)) if {n, reference} <= optima.keys() else (), **more) for n in named]
@@ -278,7 +278,15 @@ def compare_all(
     for field in ('p_difference', 'p_equivalence'):
         adjusted = holm([1. if getattr(c, field) is None else getattr(c, field) for c in cs]) # one that could not be tested still counts
         cs = [c if getattr(c, field) is None else replace(c, **{field: float(p)}) for c, p in zip(cs, adjusted)]
-    return [judge(c, alpha, min_seeds) for c in cs]
+    return cs
+
+# %% ../nbs/28_verdicts.ipynb #4244f834
+def compare_all(
+    settings:dict, reference:str, metric:str='test_nll', # as in `held_together`
+    min_seeds:int=MIN_SEEDS, alpha:float=.05, **more,
+) -> list: # a Verdict for each other setting
+    "Every setting against a reference, in sentences"
+    return [judge(c, alpha, min_seeds) for c in held_together(settings, reference, metric, alpha, **more)]
 
 # %% ../nbs/28_verdicts.ipynb #b41fe17c
 def verdict_table(verdicts:list) -> pd.DataFrame:
