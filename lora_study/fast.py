@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SITES', 'FLAT', 'Pair', 'pair', 'frozen_weight', 'joined', 'Site', 'project', 'unproject', 'Adapted', 'not_covered',
-           'swap', 'scored_logits', 'normed', 'unnormed', 'rotate', 'Reading', 'Writing', 'with_columns',
+           'swap', 'scored_logits', 'wide', 'normed', 'unnormed', 'rotate', 'Reading', 'Writing', 'with_columns',
            'attention_gradients', 'Attention', 'attend', 'Step', 'Block', 'Scored', 'Normed', 'rounded', 'flat_batch',
            'Flat', 'not_flat', 'Engine', 'probe_gradients', 'disagreement', 'layered', 'find_engine', 'engine_of',
-           'read_engine']
+           'read_engine', 'in_float64']
 
 # %% ../nbs/55_fast.ipynb #51d00dc6
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
+from types import MethodType
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -154,10 +155,15 @@ def scored_logits(model, inputs:dict, scored:torch.Tensor) -> torch.Tensor: # sc
     hidden = base.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     return base.get_output_embeddings()(hidden[scored])
 
+# %% ../nbs/55_fast.ipynb #ec342e4b
+def wide(dtype:torch.dtype) -> torch.dtype:
+    "What sums and exponentials are taken in: float32, or what is wider"
+    return torch.promote_types(dtype, torch.float32)
+
 # %% ../nbs/55_fast.ipynb #493ae584
-def normed(x:torch.Tensor, w:torch.Tensor, eps:float) -> tuple: # x: (tokens, width); → the norm, 1/root mean square (tokens, 1) float32
+def normed(x:torch.Tensor, w:torch.Tensor, eps:float) -> tuple: # x: (tokens, width); → the norm, 1/root mean square (tokens, 1)
     "RMSNorm, a few hundred tokens at a time: what is widened stays in the cache"
-    n, inv = torch.empty_like(x), torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    n, inv = torch.empty_like(x), torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype)).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     for out, part, by in zip(*(t.split(256) for t in (n, x, inv))): out.copy_(part*by).mul_(w)
     return n, inv
 
@@ -165,7 +171,7 @@ def normed(x:torch.Tensor, w:torch.Tensor, eps:float) -> tuple: # x: (tokens, wi
 def unnormed(dn:torch.Tensor, x:torch.Tensor, inv:torch.Tensor, w:torch.Tensor, into:torch.Tensor) -> torch.Tensor: # dn is used up
     "Adds the gradient of RMSNorm's input to `into`"
     g = dn.mul_(w)
-    s = (g*x).sum(-1, keepdim=True, dtype=torch.float32)
+    s = (g*x).sum(-1, keepdim=True, dtype=inv.dtype)
     return into.addcmul_(g, inv.to(x.dtype)).addcmul_(x, (s*inv.pow(3)/-x.shape[-1]).to(x.dtype))
 
 # %% ../nbs/55_fast.ipynb #93b3c58b
@@ -332,11 +338,11 @@ class Scored(torch.autograd.Function):
     "Nats of each target under a frozen head"
     @staticmethod
     def forward(ctx, x, head, targets, rows): # x: (tokens, width); rows: at a time
-        dx, nll = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+        dx, nll = torch.empty_like(x), x.new_empty(len(x), dtype=wide(x.dtype))
         for i in range(0, len(x), rows):
-            t, logp = targets[i:i+rows, None], F.log_softmax((x[i:i+rows] @ head.T).float(), -1)
+            t, logp = targets[i:i+rows, None], F.log_softmax((x[i:i+rows] @ head.T).to(nll.dtype), -1)
             nll[i:i+rows] = -logp.gather(1, t)[:, 0]
-            p = logp.exp_().scatter_add_(1, t, torch.full(t.shape, -1., device=x.device))
+            p = logp.exp_().scatter_add_(1, t, torch.full(t.shape, -1., dtype=nll.dtype, device=x.device))
             dx[i:i+rows] = p.to(x.dtype) @ head
         ctx.save_for_backward(dx)
         return nll
@@ -524,3 +530,13 @@ def read_engine(engine:Engine, model:nn.Module) -> dict: # engine, engine_note
     "What computes a model's steps, from the functions that would be called"
     swapped, mine = any('forward' in vars(m) for m in adapter_layers(model).values()), engine.flat is not None and engine.flat.models[0] is model
     return dict(engine='flat' if mine else 'layers' if swapped else 'peft', engine_note=engine.note)
+
+# %% ../nbs/55_fast.ipynb #177e8b47
+def in_float64(model:nn.Module) -> nn.Module: # a copy; without an engine of its own
+    "A model that rounds nothing to float32"
+    model = deepcopy(model).double()
+    norm = lambda m, x: m.weight*x*(x.square().mean(-1, keepdim=True) + m.variance_epsilon).rsqrt()
+    for m in model.modules():
+        if type(m).__name__ in ('LlamaRMSNorm', 'MistralRMSNorm', 'Qwen2RMSNorm'): m.forward = MethodType(norm, m)
+        elif 'forward' in vars(m) and pair(m): del m.forward
+    return model

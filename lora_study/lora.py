@@ -21,8 +21,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from .classify import check_classes, head_parameters, heads, labels_of, save_classes
 from .config import BadInput, Point, Run, content_hash
-from .model import Linear, demand, linear_layers, place, size, skeleton
-from .shapes import meant
+from .model import demand, linear_layers, place, size, skeleton
+from .shapes import Linear, meant
 
 # %% ../nbs/03_lora.ipynb #30ebec25
 def has(linear:list) -> str:

@@ -21,7 +21,7 @@ from .shapes import ROLES, Shape, adapted, nearest, placed, presets, shape, shap
 class Step:
     "One optimizer step, as far as memory goes"
     base: Shape
-    targets: tuple|None      # the adapted layers (shapes.Part); None: every weight trains
+    targets: tuple|None      # the adapted layers (shapes.Linear); None: every weight trains
     trained: int             # parameters that do
     rows: int                # of a micro-batch
     length: int              # tokens a row, padding included

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'pick_device', 'pick_dtype', 'base_dtype', 'check_device', 'source', 'refused', 'load_tokenizer',
-           'quantization', 'load_headed', 'load_base', 'skeleton', 'Linear', 'place', 'linear_layers', 'Facts', 'size',
-           'facts', 'weight_bytes', 'state_tensors', 'Unapplied', 'demand', 'quantized_as', 'read_base', 'asked_base']
+           'quantization', 'load_headed', 'load_base', 'skeleton', 'place', 'linear_layers', 'Facts', 'size', 'facts',
+           'weight_bytes', 'state_tensors', 'Unapplied', 'demand', 'quantized_as', 'read_base', 'asked_base']
 
 # %% ../nbs/02_model.ipynb #810c6db4
 import importlib.util, math, re
@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from .classify import check_missing, exact_heads, head_config, heads, labels_of
 from .config import BadInput, Run, local_path
 from .guards import check_trust
+from .shapes import Linear
 
 # %% ../nbs/02_model.ipynb #97ace639
 def pick_device(device:str='auto') -> torch.device:
@@ -122,20 +123,6 @@ def skeleton(
         config = AutoConfig.from_pretrained(where, **kw | (head_config(labels) if head else {}))
         with torch.device('meta'): return (AutoModelForSequenceClassification if head else AutoModelForCausalLM).from_config(config, trust_remote_code=run.trust_remote_code)
     except Exception as e: raise refused(run, e) from None
-
-# %% ../nbs/02_model.ipynb #30e04908
-@dataclass(frozen=True)
-class Linear:
-    "One linear layer of a base"
-    name: str         # as in `named_modules`
-    layer: int | None # its place in the stack; None: outside
-    inside: str       # its name within the layer; outside the stack its whole name
-    inputs: int
-    outputs: int
-    bias: bool
-    kind: str         # attention, feed-forward, head or other
-    @property
-    def last(self) -> str: return self.name.rpartition('.')[2]
 
 # %% ../nbs/02_model.ipynb #220f60b0
 KINDS = {'attention': r'att(entio)?n', 'feed-forward': r'mlp|ffn|feed_?forward|(^|[._])fc|intermediate|output|moe|expert'} # looked for in the name within a layer

@@ -28,7 +28,10 @@ from .verdicts import MIN_SEEDS
 # %% ../nbs/14_report.ipynb #c102cd65
 QUESTIONS = dict(lora_r='Rank', lora_alpha='Alpha', lora_target_modules='Placement', layers_to_transform='Layers', learning_rate='Learning rate', use_peft='Full fine-tuning or an adapter', load_in_8bit='8-bit base', load_in_4bit='4-bit base',
                  bnb_4bit_use_double_quant='Double quantization', bnb_4bit_quant_type='4-bit format', init_lora_weights='Initialisation', use_rslora='Rank-stabilised scale', use_dora='DoRA', lora_dropout='Dropout', loraplus_lr_ratio="LoRA+'s ratio of learning rates",
-                 optim='Optimizer', lr_scheduler_type='Schedule', per_device_train_batch_size='Batch size', train_size='Training examples', max_steps='Training steps', gradient_checkpointing='Gradient checkpointing', dtype='Precision', weight_decay='Weight decay', bias='Biases')
+                 optim='Optimizer', lr_scheduler_type='Schedule', per_device_train_batch_size='Batch size', train_size='Training examples', max_steps='Training steps', gradient_checkpointing='Gradient checkpointing', dtype='Precision', weight_decay='Weight decay', bias='Biases',
+                 engine='Engine', packing='Packing', completion_only_loss='Loss on completions alone', bnb_4bit_compute_dtype='4-bit arithmetic', warmup_steps='Warm-up', num_train_epochs='Epochs', gradient_accumulation_steps='Gradient accumulation', max_grad_norm='Gradient clipping',
+                 adam_beta1="Adam's β₁", adam_beta2="Adam's β₂", adam_epsilon="Adam's ε", validation_size='Validation examples', per_device_eval_batch_size='Batch size in evaluation', eval_steps='Steps between validations', generate_size='Answers generated', max_new_tokens='Length of answers',
+                 answer_suite='Answers to set prompts', lm_eval_tasks='Outside benchmarks', lm_eval_limit='Examples of outside benchmarks', forgetting_size='Examples known before')
 
 # %% ../nbs/14_report.ipynb #dffad857
 def slices(e:Evidence, factor:str) -> list: # lists of settings that differ in this factor alone

@@ -24,7 +24,7 @@ from .classify import adapter_task, asked_head, encoded, read_head
 from .config import BadInput, Run, run_id
 from .data import batch_at, collate, load_splits, targets
 from .evaluation import evaluate, summarise, token_scores
-from .fast import Engine, engine_of, read_engine
+from .fast import Engine, engine_of, read_engine, wide
 from .lora import check_adapted, count_parameters, load_adapter
 from .model import Unapplied, asked_base, demand, load_base, load_tokenizer, pick_device, read_base
 from .processes import can_be_asked, is_asked
@@ -179,7 +179,7 @@ def summed_loss(
     scored = labels != -100
     if 'position_ids' in inputs: inputs['attention_mask'] = apart(inputs['attention_mask'], model.dtype)
     logits = pick(model, inputs, scored) if pick else model(**inputs).logits[:, :-1][scored]
-    return F.cross_entropy(logits.float(), labels[scored], reduction='sum')
+    return F.cross_entropy(logits.to(wide(logits.dtype)), labels[scored], reduction='sum')
 
 # %% ../nbs/08_train.ipynb #e1b00f71
 def backward(

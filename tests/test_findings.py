@@ -10,7 +10,7 @@ from lora_study.findings import evidence_of, gaps, opening, questions, read, res
 from lora_study.stats import planted_pair
 
 ASKED = [answers.rank_memory, answers.modules, answers.quantization, answers.memory_limit, answers.inference, answers.alpha_learning_rate, answers.layers_placement,
-         answers.full_forgetting, answers.spectra]
+         answers.full_forgetting, answers.spectra, answers.engines]
 NUMBER = re.compile(r'\d[\d.e−-]* .*(interval|\[)|n = \d+')
 
 @pytest.fixture(scope='module')

@@ -7,7 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import ROOT, cli
-from lora_study.config import BadInput, Run
+from lora_study import tracker
+from lora_study.config import BadInput, Run, expand, read_study
+from lora_study.forecast import calibration, finished, timed
 from lora_study.lora import adapter_config, chosen_layers
 from lora_study.memory import LEVELS, activations, adapter_kept, against_published, at_peak, card, constants, devices, layer_kept, predicted, step_of, verdict, weights
 from lora_study.model import linear_layers, load_base, weight_bytes
@@ -140,6 +142,25 @@ def test_what_ran_calibrates_and_times_what_did_not(folder):
     cells = {l.split()[0]: l for l in said.stdout.splitlines() if l.startswith('lora_r=')}
     assert 'calibrated on 6 finished runs' in said.stdout and 'at 10 an hour' in said.stdout
     assert '2/3' in cells['lora_r=1'] and 'same setting' in cells['lora_r=1'] and '0/3' in cells['lora_r=64'] and 'scaled by tokens' in cells['lora_r=64']
+
+def test_runs_made_with_fewer_rows_at_a_time_teach_what_they_are(folder):
+    "A batch that did not fit was divided: its peak and its time are not those of the whole batch"
+    study = read_study(ROOT/'studies/quick.yaml')
+    run, expects = next(r for r in expand(study) if r.lora_r == 4), lambda r: predicted(r, device='cpu')['predicted_peak_expected_bytes']
+    less = expects(run.model_copy(update=dict(per_device_train_batch_size=4, gradient_accumulation_steps=8)))/expects(run)
+    def learnt(*divided): # ranks made with 4 rows at a time: as much less memory as is expected of them, a third of the speed
+        lines, by = [json.loads(l) for l in (ROOT/'results/quick/records.jsonl').read_text().splitlines()], dict(probe_peak_rss_bytes=less, step_s=3, tok_s=1/3, train_s=3)
+        for l in lines:
+            if l['config']['lora_r'] in divided: l['provenance']['micro_batch'], l['metrics'] = 4, [(name, step, value*by.get(name, 1)) for name, step, value in l['metrics']]
+        (folder/'records.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
+        db = tracker.open_db(':memory:'); tracker.import_records(db, folder/'records.jsonl')
+        rows = finished(db)
+        return calibration(run, rows, 'cpu')[0], {r: timed(run.model_copy(update=dict(lora_r=r)), rows, '', 'cpu') for r in (4, 64)}
+    (ratio, time), (_, one), (same, every) = learnt(), learnt(4), learnt(1, 4, 16)
+    assert less < .9 and same == pytest.approx(ratio, rel=.01)
+    assert one[64]['step_s'] == pytest.approx(time[64]['step_s'], rel=.1) and one[64]['how'] == 'scaled by tokens'
+    assert one[4]['step_s'] == pytest.approx(3*time[4]['step_s']) and one[4]['how'] == 'same setting, fewer rows at a time'
+    assert every[64]['how'] == 'scaled by tokens, fewer rows at a time'
 
 def test_every_recommended_model_has_a_plan_by_name():
     import yaml
