@@ -2,7 +2,7 @@
 
     python benchmarks/point_overhead.py [--rounds 3] [--steps 12] [--quick]     # prints a table, writes benchmarks/point_overhead.json
 
-Two notebooks: one of a dozen trivial cells, and the real template with the settings of benchmarks/makespan.py. Three ways to execute each, in turn: papermill with its own engine and a fresh kernel (the rival), our engine
+Three notebooks: one of a dozen trivial cells, and the real template with the settings of benchmarks/makespan.py, as it comes and without diagnostics. Three ways to execute each, in turn: papermill with its own engine and a fresh kernel (the rival), our engine
 with a fresh kernel, and our engine with a kernel forked from the warm parent, which holds imports, tokens and the base. The first round warms up and is not counted: it starts the parent and scores the base, as a study's
 first point does. Processor seconds are those of this process, of kernels and of the warm parent. Of the real template, papermill's own cell times are summed by kind of cell, and the record's phases stand beside them.
 """
@@ -88,7 +88,7 @@ def measure(template:str, rounds:int, steps:int) -> list: # of rows
         for k in range(rounds + 1):
             for way in list(WAYS)[k % 3:] + list(WAYS)[:k % 3]:
                 home = Path(d)/f'{k}-{len(times[way])}-{list(WAYS).index(way)}'
-                real = POINT | dict(max_steps=steps, eval_steps=steps, work_dir=str(home), checkpoint_dir=str(home/'checkpoints'), shared_dir=str(Path(d)/'base'), device='cpu')
+                real = POINT | ({} if template == 'point' else dict(diagnostics=False)) | dict(max_steps=steps, eval_steps=steps, work_dir=str(home), checkpoint_dir=str(home/'checkpoints'), shared_dir=str(Path(d)/'base'), device='cpu')
                 (Path(d)/'base').mkdir(exist_ok=True)
                 found = executed(way, stamped(trivial() if template == 'trivial' else sweep.read_template()), home, {} if template == 'trivial' else real)
                 if k: times[way].append(found)
@@ -102,7 +102,7 @@ def main():
     a = p.parse_args()
     if a.quick: a.rounds, a.steps = 1, 2; POINT.update(train_size=200, test_size=40, validation_size=20, per_device_train_batch_size=8)
     found = conditions(); os.environ['HF_HUB_OFFLINE'] = '1'
-    rows = [r for template in ('trivial', 'point') for r in measure(template, a.rounds, a.steps)]
+    rows = [r for template in ('trivial', 'point', 'light') for r in measure(template, a.rounds, a.steps)]
     for r in rows:
         print(f"{r['template']:8} {r['way']:26} first cell {r['first_cell_s']:6.2f} s, end {r['end_s']:6.2f} s, {r['cpu_s']:6.2f} s of processor" + (f"; {r['beyond_s']:.2f} s beyond training and evaluation; " + ', '.join(f'{k} {v:.2f}' for k, v in r['kinds'].items()) if 'kinds' in r else ''), flush=True)
     written(__file__, found | dict(quick=a.quick, point=POINT, rows=rows))
