@@ -320,15 +320,16 @@ def company(
     mine:list,  # of (run, label, attempt): the one that is claimed
     left:list,  # of (run, label): what is left of the study, that one included, what others are at last
     most:float, drivers:int, device:str,
-) -> tuple: # of (run, label) in the order they are wanted; bytes expected
-    "The runs that could train with a claimed one"
+    take=lambda run: True, # of `together.partners`
+) -> tuple: # of (run, label); bytes expected
+    "The runs that are to train with a claimed one"
     (run, name, _), = mine
     there = lambda r, n: trained((home := run_folder(results, study, n))/'checkpoints', run_id(r)) or any(home.glob('*/record.json'))
     if why_apart(run) or there(run, name): return [], 0.
     group = [(r, n) for r, n in left if not why_apart(r) and alike(r) == alike(run) and not there(r, n)]
     if len(group) < 2: return [], 0.
     room, kind = room_for(device, drivers)
-    chosen, expected = partners(run, [r for r, _ in group if r != run], min(most, math.ceil(len(group)/drivers)), room, forecast.finished(db), kind)
+    chosen, expected = partners(run, [r for r, _ in group if r != run], min(most, math.ceil(len(group)/drivers)), room, forecast.finished(db), kind, take)
     return [(r, n) for r, n in group if r in chosen], expected
 
 # %% ../nbs/10_sweep.ipynb #f06d4d5d
@@ -340,10 +341,11 @@ def in_pack(
     device:str='auto', save_steps:int=0, resume:str='auto', timeout:float|None=None, **_,
 ):
     "Has a claimed run trained with others, where there are any"
-    try: chosen, expected = company(db, results, study, mine, left, most, drivers, device)
+    def take(r): # one by one: what is claimed is known at any moment, and what another driver has meanwhile is made up for
+        if a := tracker.claim(db, study, run_id(r), who): mine.append((r, dict(left)[r], a))
+        return a is not None
+    try: _, expected = company(db, results, study, mine, left, most, drivers, device, take)
     except BadInput as e: say(f'note: trained apart, because nothing can be predicted: {e}'); return
-    for r, n in chosen:
-        if a := tracker.claim(db, study, run_id(r), who): mine.append((r, n, a)) # one by one: what is claimed is known at any moment
     if len(mine) < 2: return
     begin(f'{len(mine)} runs together')
     train_together([(r, n, run_folder(results, study, n), a) for r, n, a in mine], say, expected, device, save_steps, resume, timeout)

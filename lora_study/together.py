@@ -82,13 +82,14 @@ def partners(
     most:float,             # runs in all
     room:float,             # bytes
     done:list, kind:str,    # as in `parts_of`
+    take=lambda run: True,  # asked for each that would fit, such as to claim it; False: it is not to be had, and the next may come
 ) -> tuple: # of Run; the bytes that all of them are predicted to hold
     "The runs that train together with the first"
     chosen, held = [], [parts_of(first, done, kind)]
     for r in others:
         if len(held) >= most: break
         if why_apart(r) or alike(r) != alike(first): continue
-        if together_bytes(trial := [*held, parts_of(r, done, kind)]) <= .95*room: chosen.append(r); held = trial
+        if together_bytes(trial := [*held, parts_of(r, done, kind)]) <= .95*room and take(r): chosen.append(r); held = trial
     return chosen, together_bytes(held)
 
 # %% ../nbs/44_together.ipynb #618858cc

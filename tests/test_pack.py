@@ -119,6 +119,18 @@ def pretended(folder, monkeypatch):
     monkeypatch.setattr(sweep, 'room_for', lambda device, drivers: (64 << 30, 'cpu'))
     return packs
 
+@pytest.mark.fault(42)
+def test_what_another_driver_takes_meanwhile_is_made_up_for(pretended, monkeypatch):
+    labels, claim = sweep.labels(SIX), tracker.claim
+    second = run_id([*labels][1])
+    def overtaken(db, study, rid, who, *a): # another was there between the choice and the claim
+        if rid == second and not pretended: return None
+        return claim(db, study, rid, who, *a)
+    monkeypatch.setattr(tracker, 'claim', overtaken)
+    assert set(sweep.sweep(SIX, 'results', lambda line: None, pack='3', execute=fake, device='cpu').values()) == {True}
+    names = [*labels.values()]
+    assert pretended == [[names[0], names[2], names[3]], [names[1], names[4], names[5]]]
+
 def statuses(): return tracker.frame(tracker.open_db('results/study.db')).status.tolist()
 
 @pytest.mark.parametrize('pack, drivers, sizes', [('auto', 1, [6]), ('4', 1, [4, 2]), ('auto', 2, [3, 2]), (None, 1, [])])
