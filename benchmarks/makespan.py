@@ -9,7 +9,8 @@ drift, merging and latency. The rivals: the loop one after another in fp32 with 
 import argparse, json, os, statistics, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import nbformat, psutil
+import nbformat
+from conditions import conditions, written
 from lora_study.classify import encoded
 from lora_study.config import Run
 from lora_study.data import load_splits
@@ -93,6 +94,7 @@ def main():
     for name, default in dict(points=16, steps=12, rounds=1).items(): p.add_argument(f'--{name}', type=int, default=default)
     p.add_argument('--run', nargs='*', default=['--workers', 'auto'], help='arguments for `lora-study run`')
     a = p.parse_args()
+    found = conditions() | dict(rounds=a.rounds)
     todo, cores = points(a.points), len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     sides = {'papermill + PEFT + Trainer, fp32, one at a time': lambda at: plain(todo, at, a.steps, False, 1, cores),
              'papermill + PEFT + Trainer, bf16, two at once': lambda at: plain(todo, at, a.steps, True, 2, cores),
@@ -113,11 +115,11 @@ def main():
                 print(f'{side}: {wall:.1f} s, {cpu:.1f} s of processor, NLL {statistics.mean(nll[side].values()):.4f}', flush=True)
     median = {s: [statistics.median(t[j] for t in ts) for j in (0, 1)] for s, ts in times.items()}
     us = list(sides)[-1]
-    rows = [dict(side=s, points=a.points, steps=a.steps, wall_s=round(w, 1), cpu_s=round(c, 1), wall_ratio=round(w/median[us][0], 2), cpu_ratio=round(c/median[us][1], 2),
-                 mean_nll=round(statistics.mean(nll[s].values()), 4), largest_nll_difference=round(max(abs(nll[s][q] - nll[us][q]) for q in todo), 4)) for s, (w, c) in median.items()]
+    rows = [found | dict(side=s, points=a.points, steps=a.steps, wall_s=w, cpu_s=c, wall_ratio=w/median[us][0], cpu_ratio=c/median[us][1],
+                         mean_nll=statistics.mean(nll[s].values()), largest_nll_difference=max(abs(nll[s][q] - nll[us][q]) for q in todo)) for s, (w, c) in median.items()]
     for r in rows: print(r)
-    file = Path(__file__).with_suffix('.json')
-    kept = [r for r in (json.loads(file.read_text())['rows'] if file.exists() else []) if (r['points'], r['steps']) != (a.points, a.steps)]
-    file.write_text(json.dumps(dict(rounds=a.rounds, cores=cores, load_average=round(os.getloadavg()[0], 2), cpu=psutil.cpu_count(), rows=kept + rows), indent=1) + '\n')
+    file, of = Path(__file__).with_suffix('.json'), lambda r: (r['points'], r['steps'], r['cpu'])
+    kept = [r for r in (json.loads(file.read_text())['rows'] if file.exists() else []) if of(r) != of(rows[0])]
+    written(__file__, dict(rows=kept + rows))
 
 if __name__ == '__main__': main()

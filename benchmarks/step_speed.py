@@ -5,7 +5,7 @@
 Each way lives in a process of its own, on one thread, and they take turns: a round is `steps` optimizer steps of each, in an order that rotates. Medians over all steps after the first of a round; ratios are of
 medians. Processor seconds are what to read on a machine that does something else too. Peak memory is that of the process, less what it held when all was imported and no model made. Rows are
 full (every row 256 tokens) and uneven (lengths of FILE's rows, or drawn so that padding is 1.7 times the tokens). --trl fetches TRL, without its dependencies, into a folder of its own under ~/.cache/lora_study.
-A shape and kind of rows that is measured again takes the place of its row in the JSON; the others stay. Beside the times: the machine's own rate, of bfloat16 products in the base's own sizes on one thread, what a step needs
+A shape and kind of rows that is measured again on the same kind of processor takes the place of its row in the JSON; the others stay. Beside the times: the machine's own rate, of bfloat16 products in the base's own sizes on one thread, what a step needs
 in floating-point operations (the head and the end of the last layer only where a label is), and where one more step of each of our ways goes by torch.profiler, by kind of operation.
 """
 import argparse, json, os, random, re, subprocess, sys, tempfile, time
@@ -202,7 +202,8 @@ def main():
             print(f"{shape}, {kind} rows, {r['tokens_a_step']:.0f} tokens a step, load {r['load_average']:.1f}; {r['matrix_rate']/1e9:.0f} GFLOP/s in its products alone, {r['rate_reached']:.0%} of it in a step: " + ', '.join(f'{k} {v:.0%}' for k, v in r['profile']['fast_bf16'].items()))
             for w, o in r['ways'].items(): print(f"  {WAYS[w]:45} {1000*o['step_s']:7.0f} ms {1000*o['cpu_s']:7.0f} ms of processor {o['tok_cpu_s']:8.0f} tokens a processor second, {r['ratios'][w]['cpu']:5.2f} times the first, {o['extra_mib']:6.0f} MiB more at the peak", flush=True)
     file = Path(__file__).with_suffix('.json')
-    kept = [r for r in (json.loads(file.read_text())['rows'] if file.exists() else []) if (r['shape'], r['rows']) not in {(f['shape'], f['rows']) for f in found}]
+    of = lambda r: (r['shape'], r['rows'], r['cpu'])
+    kept = [r for r in (json.loads(file.read_text())['rows'] if file.exists() else []) if of(r) not in set(map(of, found))]
     written(__file__, dict(rows=kept + found))
 
 if __name__ == '__main__': main()

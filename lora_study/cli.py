@@ -71,10 +71,10 @@ def existing_db(results:Path):
 # %% ../nbs/15_cli.ipynb #861a6d95
 def settle_offline(names:list):
     "Goes offline, here and in kernels, when a hub id is named and the hub cannot be reached"
-    from huggingface_hub import constants
     from lora_study.config import local_path
-    if constants.HF_HUB_OFFLINE or any(k.lower() in ('https_proxy', 'all_proxy') for k in os.environ): return
     if all(n == 'embedded' or local_path(n, field) for n, field in names): return
+    from huggingface_hub import constants
+    if constants.HF_HUB_OFFLINE or any(k.lower() in ('https_proxy', 'all_proxy') for k in os.environ): return
     try: socket.create_connection((urlparse(constants.ENDPOINT).hostname, 443), timeout=5).close()
     except OSError: os.environ['HF_HUB_OFFLINE'], constants.HF_HUB_OFFLINE = '1', True
 
@@ -163,10 +163,9 @@ def run_all(
     from lora_study import sweep, warm, workers as crew
     from lora_study.config import expand
     if sweep.unfinished(study, results, retry_failed):
-        warm.parent() # imports what points need while the study is looked at
+        warm.parent() # imports what points need, and looking at the study too
         settle_offline([(getattr(r, f), f) for r in expand(study) for f in ('model_name_or_path', 'dataset_name') if not (f == 'dataset_name' and r.dataset_path)])
-        from lora_study.planner import preflight
-        for note in preflight(study, device): say(f'note: {note}')
+        for note in warm.called('lora_study.planner:looked_at', study.model_dump_json(), device): say(f'note: {note}')
     how |= dict(device=device, retry_failed=retry_failed)
     if workers == '1': return sweep.sweep(study, results, say, step, **how)
     return crew.drive(study, results, crew.shares(study, results, workers, device, say, retry_failed), say, step, look, **how)
@@ -219,8 +218,9 @@ def tell_outcome(file:Path, study, results:Path, tried:dict) -> int: # tried: fr
 # %% ../nbs/15_cli.ipynb #dc9b5e37
 def report_of(study, results:Path) -> Path:
     "Writes a study's report; where it is"
-    from lora_study.report import write_report
-    return write_report(existing_db(results), study, results)
+    from lora_study.warm import called
+    existing_db(results)
+    return Path(called('lora_study.report:written', study.model_dump_json(), str(results)))
 
 # %% ../nbs/15_cli.ipynb #161158e4
 def study_named(what:str, db, given:dict) -> tuple: # the study, the ids of its runs

@@ -12,6 +12,7 @@ __all__ = ['SITES', 'FLAT', 'Pair', 'pair', 'frozen_weight', 'joined', 'Site', '
 # %% ../nbs/55_fast.ipynb #51d00dc6
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
+from itertools import groupby
 from types import MethodType
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,7 @@ def unproject(
         for c, p in live:
             d, k = dy[span, c], slice(r, r + len(p.A))
             torch.mm(d, p.up(dy.dtype), out=dh[:, k])
-            ups.append((d.T @ h[:, k]).to(p.B.dtype).mul_(p.scale))
+            ups.append((h[:, k].T @ d).T.to(p.B.dtype).mul_(p.scale))
             r += len(p.A)
         if not live: continue
         if need: dx[span].addmm_(dh, torch.cat([p.down(x.dtype) for _, p in live]))
@@ -228,65 +229,66 @@ class Writing(torch.autograd.Function):
         return dx, da, None, None, *o, *gate, *down
 
 # %% ../nbs/55_fast.ipynb #fc1bc40a
-def with_columns(heads:torch.Tensor, by:float=1., extra:torch.Tensor|None=None) -> torch.Tensor: # (tokens, kv_heads, group, head_dim); extra: (tokens, kv_heads, group); → (kv_heads, group, tokens, head_dim + 2)
+def with_columns(heads:torch.Tensor, by:float=1., extra:torch.Tensor|None=None) -> torch.Tensor: # (examples, tokens, kv_heads, group, head_dim); extra: (examples, tokens, kv_heads, group); → (examples × kv_heads, group × tokens, head_dim + 2)
     "Times `by`, with two columns that add up to `extra`, or are ones"
-    out = heads.new_ones(*heads.shape[1:3], len(heads), heads.shape[-1] + 2)
-    torch.mul(heads.permute(1, 2, 0, 3), by, out=out[..., :-2])
+    apart = lambda t: t.movedim(1, 3)
+    heads = apart(heads)
+    out = heads.new_ones(*heads.shape[:-1], heads.shape[-1] + 2)
+    torch.mul(heads, by, out=out[..., :-2])
     if extra is not None:
         high = extra.to(heads.dtype)
-        out[..., -2], out[..., -1] = (t.permute(1, 2, 0) for t in (high, extra - high))
-    return out
+        out[..., -2], out[..., -1] = apart(high), apart(extra - high)
+    return out.flatten(2, 3).flatten(0, 1)
 
 # %% ../nbs/55_fast.ipynb #37c9de2f
 def attention_gradients(block, step, y:torch.Tensor, out:torch.Tensor, dout:torch.Tensor, sums:torch.Tensor) -> torch.Tensor: # y: (tokens, q|k|v); sums: (tokens, heads), ℓ; → like y
     "The gradients of attention in bfloat16, by products of one example at a time"
-    dy, K, d = torch.empty_like(y), block.kv_heads, block.head_dim
-    by_group = lambda t: t.unflatten(-1, (K, -1, d))
-    (q, k, v), grads, (o, do) = map(by_group, y.split(block.widths, -1)), [by_group(t) for t in dy.split(block.widths, -1)], map(by_group, (out, dout))
-    q, k, v = with_columns(q, block.scale, -sums.unflatten(-1, (K, -1))), with_columns(k), with_columns(v)
-    do, at = with_columns(do, 1., -(do*o).sum(-1, dtype=torch.float32)), 0
-    for n in step.lengths:
-        span, heads = slice(at, at := at + n), max(1, 2**19//(n*n*q.shape[1])) # of k and v, at a time: what a cache holds
-        for h in (slice(i, i + heads) for i in range(0, K, heads)):
-            Q, O, k_, v_ = (t[h, :, span].flatten(1, 2) for t in (q, do, k, v))
-            P = torch.bmm(Q, k_.mT).exp_()
+    dy, K = torch.empty_like(y), block.kv_heads
+    by_group = lambda t: t.unflatten(-1, (K, -1, block.head_dim))
+    for y_, dy_, o, do, l in zip(*map(step.by_length, (y, dy, out, dout, sums))): # examples of one length
+        (count, n), o, do = y_.shape[:2], by_group(o), by_group(do)
+        q, k, v = map(by_group, y_.split(block.widths, -1))
+        Q, O, k, v = with_columns(q, block.scale, -l.unflatten(-1, (K, -1))), with_columns(do, 1., -(do*o).sum(-1, dtype=torch.float32)), with_columns(k), with_columns(v)
+        made = [torch.empty_like(t[..., :-2], memory_format=torch.contiguous_format) for t in (Q, k, v)]
+        many = max(1, 2**19//(n*Q.shape[1])) # of k and v, at a time: what a cache holds
+        for Q_, O_, k_, v_, *into in zip(*(t.split(many) for t in (Q, O, k, v, *made))):
+            P = torch.bmm(Q_, k_.mT).exp_()
             P.unflatten(1, (-1, n)).tril_()
-            S = torch.bmm(O, v_.mT).mul_(P)
-            made = torch.bmm(S, k_[..., :-2]).mul_(block.scale), torch.bmm(S.mT, Q[..., :-2]), torch.bmm(P.mT, O[..., :-2])
-            for g, t in zip(grads, made): g[span, h].copy_(t.unflatten(1, (-1, n)).permute(2, 0, 1, 3))
+            S = torch.bmm(O_, v_.mT).mul_(P)
+            for to, left, right in zip(into, (S, S.mT, P.mT), (k_, Q_, O_)): torch.bmm(left, right[..., :-2], out=to)
+        made[0].mul_(block.scale)
+        for t, to in zip(made, dy_.split(block.widths, -1)): by_group(to).copy_(t.unflatten(0, (count, K)).unflatten(2, (-1, n)).movedim(3, 1))
     return dy
 
 # %% ../nbs/55_fast.ipynb #ef770592
 class Attention(torch.autograd.Function):
-    "Causal attention within each example, one after the other"
+    "Causal attention within each example"
     @staticmethod
     def forward(ctx, y, block, step):
         outs, sums = [], []
-        for part in y.split(step.lengths):
+        for part in step.by_length(y):
             o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*block.split(part), 0., True, scale=block.scale)
-            outs.append(o[0].transpose(0, 1).flatten(1)); sums.append(lse[0].T)
-        out, sums = torch.cat(outs), torch.cat(sums)
+            for all_, t in ((outs, o), (sums, lse)): all_.append(t.transpose(1, 2).flatten(0, 1))
+        out, sums = torch.cat(outs).flatten(1), torch.cat(sums)
         ctx.block, ctx.step = block, step
         ctx.save_for_backward(y, out, sums)
         return out
     @staticmethod
     def backward(ctx, dout):
-        (y, out, sums), block, at = ctx.saved_tensors, ctx.block, 0
-        if y.dtype == torch.bfloat16: return attention_gradients(block, ctx.step, y, out, dout, sums), None, None
+        (y, out, sums), block, step = ctx.saved_tensors, ctx.block, ctx.step
+        if y.dtype == torch.bfloat16: return attention_gradients(block, step, y, out, dout, sums), None, None
         dy = torch.empty_like(y)
-        for n in ctx.step.lengths:
-            span = slice(at, at := at + n)
-            o, do = (t[span].unflatten(-1, (block.heads, -1)).transpose(0, 1)[None] for t in (out, dout))
-            dq, *dkv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(do, *block.split(y[span]), o, sums[span].T[None].contiguous(), 0., True, scale=block.scale)
+        for part, made, o, do, l in zip(*map(step.by_length, (y, dy, out, dout, sums))):
+            o, do = (t.unflatten(-1, (block.heads, -1)).transpose(1, 2) for t in (o, do))
+            dq, *dkv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(do, *block.split(part), o, l.transpose(1, 2).contiguous(), 0., True, scale=block.scale)
             if block.heads != block.kv_heads: dkv = [t.unflatten(1, (block.kv_heads, -1)).sum(2) for t in dkv]
-            for d, t in zip(dy[span].split(block.widths, -1), (dq, *dkv)): d.unflatten(-1, (-1, block.head_dim)).copy_(t[0].transpose(0, 1))
+            for d, t in zip(made.split(block.widths, -1), (dq, *dkv)): d.unflatten(-1, (-1, block.head_dim)).copy_(t.transpose(1, 2))
         return dy, None, None
 
 # %% ../nbs/55_fast.ipynb #18e6a85d
 def attend(y:torch.Tensor, block, step) -> torch.Tensor: # y: (tokens, q|k|v); → (tokens, heads × head_dim)
     "The same for all examples at once, padded"
-    rows = len(step.lengths)
-    put = lambda t: t.new_zeros(rows*step.longest, t.shape[-1]).index_put((step.cell,), t).view(rows, step.longest, -1, block.head_dim).transpose(1, 2)
+    put = lambda t: t.new_zeros(step.rows*step.longest, t.shape[-1]).index_put((step.cell,), t).view(step.rows, step.longest, -1, block.head_dim).transpose(1, 2)
     q, k, v = map(put, y.split(block.widths, -1))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=block.scale, enable_gqa=block.heads != block.kv_heads)
     return out.transpose(1, 2).flatten(2).flatten(0, 1)[step.cell]
@@ -296,12 +298,16 @@ def attend(y:torch.Tensor, block, step) -> torch.Tensor: # y: (tokens, q|k|v); �
 class Step:
     "What the layers need to know of one batch"
     spans: list        # a run: the slice of its tokens
-    lengths: list      # tokens of each example
+    groups: list       # (examples, tokens of each): neighbours of one length
     cos: torch.Tensor  # (tokens, 1, head_dim/2)
     sin: torch.Tensor
     cell: torch.Tensor # (tokens,): each token's place when padded
     @property
-    def longest(self): return max(self.lengths)
+    def rows(self): return sum(count for count, _ in self.groups)
+    @property
+    def longest(self): return max(n for _, n in self.groups)
+    def by_length(self, t): # t: (tokens, …); → a group: (examples, tokens of each, …)
+        return [part.unflatten(0, group) for part, group in zip(t.split([count*n for count, n in self.groups]), self.groups)]
 
 # %% ../nbs/55_fast.ipynb #2e8fa911
 SITES = dict(qkv=('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'), o=('self_attn.o_proj',), gu=('mlp.gate_proj', 'mlp.up_proj'), down=('mlp.down_proj',))
@@ -324,8 +330,8 @@ class Block:
         return b
     def params(self, *names): return [t for s in names for mine in self.pairs[s] for p in mine if p for t in (p.A, p.B)]
     def turning(self, y): return y[:, :sum(self.widths[:2])].unflatten(-1, (-1, self.head_dim))
-    def split(self, y): # → query, key, value: (1, heads, tokens, head_dim)
-        q, k, v = y.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)[None].split([w//self.head_dim for w in self.widths], 1)
+    def split(self, y): # (examples, tokens, q|k|v) → query, key, value: (examples, heads, tokens, head_dim)
+        q, k, v = y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split([w//self.head_dim for w in self.widths], 1)
         return (q, k, v) if self.heads == self.kv_heads else (q, *(t.repeat_interleave(self.heads//self.kv_heads, 1) for t in (k, v)))
     def __call__(self, x, step, kept=None): # kept: the tokens that go on, and their spans
         y, x = Reading.apply(x, self, step, *self.params('qkv'))
@@ -371,14 +377,15 @@ def rounded(n:int) -> int:
     return -(-n//step)*step
 
 # %% ../nbs/55_fast.ipynb #40d9b6d3
-def flat_batch(batch:dict) -> tuple: # ids, positions, targets (−100: none), each (tokens,); tokens of each example
+def flat_batch(batch:dict) -> tuple: # ids, positions, targets (−100: none), each (tokens,); tokens of each example, which rise
     "A batch of `collate` or `pack` in one row"
     number, (rows, length) = batch['attention_mask'], batch['input_ids'].shape
     real = number > 0
     positions = batch.get('position_ids', torch.arange(length).expand(rows, -1))
     _, lengths = torch.unique_consecutive((torch.arange(rows)[:, None]*(length + 1) + number)[real], return_counts=True)
-    room = -(-lengths//8)*8
-    at = torch.arange(int(lengths.sum())) + ((room - lengths).cumsum(0) - room + lengths).repeat_interleave(lengths)
+    room, order = (-(-lengths//8)*8).sort(stable=True)
+    starts = torch.empty_like(room).index_copy_(0, order, room.cumsum(0) - room)
+    at = torch.arange(int(lengths.sum())) + (starts - lengths.cumsum(0) + lengths).repeat_interleave(lengths)
     put = lambda t, fill: t.new_full((int(room.sum()),), fill).index_copy_(0, at, t[real])
     return put(batch['input_ids'], 0), put(positions, 0), put(F.pad(batch['labels'][:, 1:], (0, 1), value=-100), -100), room.tolist()
 
@@ -403,8 +410,8 @@ class Flat:
         with torch.no_grad(): x = body.embed_tokens(ids)
         cos, sin = (t[0, :, None].chunk(2, -1)[0].contiguous() for t in body.rotary_emb(x[None], positions[None]))
         cell = torch.cat([torch.arange(n) + i*max(lengths) for i, n in enumerate(lengths)]).to(device)
-        return Step([slice(*e) for e in zip(ends, ends[1:])], lengths, cos, sin, cell), x, targets
-    def __call__(self, batches:list) -> torch.Tensor: # (models,) nats
+        return Step([slice(*e) for e in zip(ends, ends[1:])], [(len([*same]), n) for n, same in groupby(lengths)], cos, sin, cell), x, targets
+    def states(self, batches:list) -> tuple: # normed (scored tokens, width), their targets, a slice of them for each model
         step, x, targets = self.step([flat_batch(b) for b in batches])
         at = (targets != -100).nonzero()[:, 0]
         ends = torch.tensor([s.stop for s in step.spans], device=at.device)
@@ -415,9 +422,23 @@ class Flat:
             args = (x, step, (at, kept) if b is self.blocks[-1] else None)
             again = b.module.training and getattr(b.module, 'gradient_checkpointing', False)
             x = checkpoint(b, *args, use_reentrant=False) if again else b(*args)
-        norm, head = self.base.model.norm, self.base.lm_head.weight
-        nll = Scored.apply(Normed.apply(x, norm.weight, norm.variance_epsilon), head, targets[at].clamp_min(0), max(8, 2**22//len(head)))
+        norm = self.base.model.norm
+        return Normed.apply(x, norm.weight, norm.variance_epsilon), targets[at].clamp_min(0), sums
+    @property
+    def at_a_time(self): return max(8, 2**22//self.base.lm_head.out_features) # tokens whose logits are there together
+    def __call__(self, batches:list) -> torch.Tensor: # (models,) nats
+        x, targets, sums = self.states(batches)
+        nll = Scored.apply(x, self.base.lm_head.weight, targets, self.at_a_time)
         return torch.stack([nll[s].sum() for s in sums])
+    @torch.no_grad()
+    def scores(self, batch:dict) -> tuple: # of the first model: nats, whether the first choice is right; each (scored tokens,), row by row where rows come from the shortest on
+        x, targets, (mine, *_) = self.states([batch])
+        nats, hits = [], []
+        for part, t in zip(x[mine].split(self.at_a_time), targets[mine].split(self.at_a_time)):
+            logits = part @ self.base.lm_head.weight.T
+            logits = logits.to(wide(logits.dtype))
+            nats.append(F.cross_entropy(logits, t, reduction='none')); hits.append(logits.argmax(-1) == t)
+        return torch.cat(nats), torch.cat(hits)
 
 # %% ../nbs/55_fast.ipynb #b80100db
 FLAT = ('LlamaForCausalLM', 'MistralForCausalLM', 'Qwen2ForCausalLM') # decoders whose layers are `Block`s
@@ -449,6 +470,9 @@ class Engine:
     note: str = ''       # why not a faster way, or which layers kept PEFT's
     flat: Flat | None = None
     logits: object = None # what picks the logits on the layers path; None: the model's own
+    @property
+    def scores(self): # of `token_scores`; None: the model's own forward. In bfloat16 the two would round differently
+        return self.flat.scores if self.flat is not None and self.flat.base.dtype == torch.float32 else None
     def loss(self, model, batch:dict, plain) -> torch.Tensor: # batch: on the CPU; plain(model, batch, logits): the loss of the other two paths
         "Nats of a batch, summed"
         if self.flat is not None: return self.flat([batch])[0]

@@ -7,7 +7,7 @@ __all__ = ['QUESTIONS', 'SECOND', 'slices', 'questions', 'listed', 'decided', 'p
            'finding', 'summary', 'counts', 'failures', 'limits', 'mixed', 'said', 'licence', 'materials', 'protocol',
            'machine', 'study_yaml', 'study_of', 'reading', 'methods', 'comparable', 'part', 'beside',
            'recommendation_section', 'moves', 'moved_rows', 'moved_section', 'report_of', 'figures', 'write_pages',
-           'listed_as', 'check_nothing_lost', 'write_report', 'write_joint']
+           'listed_as', 'check_nothing_lost', 'write_report', 'written', 'write_joint']
 
 # %% ../nbs/14_report.ipynb #abb80b7f
 import io, json, math
@@ -392,6 +392,11 @@ def write_report(
     check_nothing_lost(folder/'records.jsonl', db, study, ids)
     tracker.write_whole(folder/'records.jsonl', tracker.export_study(db, study.name, ids))
     return write_pages(report_of(db, [study], Place(folder, Path(results)), ids), folder, listed_as(db, study, ids))
+
+# %% ../nbs/14_report.ipynb #4da2ec2a
+def written(study:str, results:str) -> str: # study: as JSON; see `write_report`
+    "The same for another process"
+    return str(write_report(tracker.open_db(Path(results)/'study.db'), Study.model_validate_json(study), results))
 
 # %% ../nbs/14_report.ipynb #56becd6a
 def write_joint(

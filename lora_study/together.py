@@ -11,6 +11,7 @@ import json, math, shutil, subprocess, sys, threading, time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from . import warm
 from .config import BadInput, Run, run_id
 from .forecast import amount_of, calibration, finished, longest, span
 from .guards import cleaned
@@ -120,7 +121,7 @@ def in_process(
     module:str='lora_study.packed',
 ) -> dict: # what it told; under `failed` why it ended before it was through
     "Does a job in a process of its own"
-    p, told = subprocess.Popen([sys.executable, '-m', module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors='replace', start_new_session=True), {}
+    p, told = warm.forked(f'{module}:main') or subprocess.Popen([sys.executable, '-m', module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors='replace', start_new_session=True), {}
     late = threading.Timer(timeout or 0, p.kill)
     with watched(watch, lambda: p):
         try:

@@ -214,7 +214,7 @@ def optimizer_step(loop:Loop, batches:list) -> tuple: # mean loss, tokens read
 def read_validation(loop:Loop, examples:list):
     "Appends the present validation loss, and the adapter's size, to the history"
     loop.model.eval()
-    nll = summarise(token_scores(loop.model, examples, loop.pad_id, loop.run.per_device_eval_batch_size))['nll']
+    nll = summarise(token_scores(loop.model, examples, loop.pad_id, loop.run.per_device_eval_batch_size, loop.engine.scores))['nll']
     loop.history['validation'].append(dict(step=loop.step, nll=nll))
     if loop.run.use_peft: loop.history['adapter'].append(dict(step=loop.step, **adapter_norms(loop.model)))
 

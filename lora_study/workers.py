@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GROUPS', 'BESIDES', 'THREADS', 'GRACE', 'limits', 'usable_cores', 'free_bytes', 'cards', 'fitting', 'how_many',
            'shares', 'Job', 'check_job', 'work', 'tell', 'main', 'Executor', 'Local', 'LocalProcesses', 'latest',
-           'Standing', 'to_go', 'standing', 'drawn', 'on_terminal', 'Crew', 'look_after', 'bury', 'dismiss', 'outcome',
-           'drive', 'plan_seconds']
+           'Standing', 'to_go', 'standing', 'drawn', 'on_terminal', 'Crew', 'look_after', 'bury', 'dismiss', 'pause',
+           'outcome', 'drive', 'plan_seconds']
 
 # %% ../nbs/51_workers.ipynb #278800d3
 import json, os, signal, socket, subprocess, sys, threading, time
@@ -107,7 +107,7 @@ def shares(
     db = tracker.open_db(path) if path.is_file() else None
     left = sum(not sweep.settled(r, retry_failed) for r in sweep.plan(db, study))
     if not left: return []
-    cores, gpus, free = usable_cores(), cards(device), free_bytes()
+    cores, gpus, free = usable_cores(), warm.called('lora_study.workers:cards', device), free_bytes()
     fits = fitting(study, db, free) if asked == 'auto' and not gpus else None
     asked_for = how_many(asked, cores, gpus, fits)
     n, threads = min(asked_for, left), 1 if asked == 'auto' and not gpus else max(1, cores//asked_for)
@@ -183,7 +183,7 @@ class Executor(Protocol):
 @dataclass
 class Local:
     "A worker of this machine"
-    process: subprocess.Popen
+    process: subprocess.Popen # or what stands for one
     heard: deque = field(default_factory=deque)
     def __post_init__(self):
         self.ear = threading.Thread(target=lambda: self.heard.extend(line.rstrip('\n') for line in self.process.stdout), daemon=True)
@@ -193,7 +193,7 @@ class Local:
 class LocalProcesses:
     "Workers as processes of this machine, each in a session of its own: a terminal's Ctrl-C is the parent's to pass on"
     def start(self, job:Job) -> Local:
-        p = subprocess.Popen([sys.executable, '-m', 'lora_study.workers'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace', env=os.environ | job.env, start_new_session=True)
+        p = warm.forked('lora_study.workers:main', os.environ | job.env) or subprocess.Popen([sys.executable, '-m', 'lora_study.workers'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace', env=os.environ | job.env, start_new_session=True)
         worker = Local(p)
         try: p.stdin.write(job.model_dump_json() + '\n'); p.stdin.flush() # and stays open: its end tells the worker that there is no parent any more
         except BrokenPipeError: pass # it died at once, as `poll` will tell
@@ -355,6 +355,12 @@ def dismiss(crew:Crew, grace:float=GRACE): # seconds
         for w in crew.alive.values():
             if crew.executor.poll(w) is None: crew.executor.stop(w, at_once=True)
 
+# %% ../nbs/51_workers.ipynb #247f46d5
+def pause(crew:Crew, seconds:float=.5):
+    "Time to let workers work; ends when one of them does"
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and all(crew.executor.poll(w) is None for w in crew.alive.values()): time.sleep(.05)
+
 # %% ../nbs/51_workers.ipynb #ea1a2529
 def outcome(db, study:str, todo:dict, before:dict, crew:Crew, retry_failed:bool=False) -> dict: # label → whether it is done
     "What became of the runs that were attempted; BadInput when workers refused and something is left"
@@ -371,7 +377,7 @@ def drive(
     envs:list,                       # of each worker, from `shares`
     say=print,                       # gets one line an event
     step=lambda done, of, name: None, # as in `sweep.sweep`
-    look=lambda standing: None,      # called twice a second
+    look=lambda standing: None,      # called twice a second, and when a worker has ended
     executor:Executor|None=None,     # None: processes of this machine
     execute:str='lora_study.sweep:execute', # module:function that runs a notebook
     restarts:int=2,                  # times a worker that died is started anew
@@ -395,7 +401,7 @@ def drive(
         while crew.alive:
             look_after(crew, last)
             last = standing(db, study.name, results, before, crew.owners, max(1, len(crew.alive)), planned)
-            look(last); time.sleep(.5)
+            look(last); pause(crew)
     finally: dismiss(crew)
     return outcome(db, study.name, todo, before, crew, how.get('retry_failed', False))
 

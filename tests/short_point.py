@@ -29,7 +29,7 @@ if __name__ == '__main__':
     template, sys.argv[1:] = sys.argv[1], sys.argv[2:]
     os.environ.setdefault('LORA_STUDY_WARM', 'ipykernel.kernelapp,lora_study.config')
     from types import SimpleNamespace
-    sys.modules['lora_study.planner'] = SimpleNamespace(preflight=lambda study, device: []) # it looks at bases and data that a short point does not have, and imports torch for it
+    sys.modules['lora_study.planner'] = SimpleNamespace(looked_at=lambda study, device: []) # it looks at bases and data that a short point does not have, and imports torch for it
     from lora_study import cli, sweep
     read = sweep.read_template
     sweep.read_template = lambda path=None: read(template)

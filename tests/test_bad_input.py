@@ -221,6 +221,7 @@ def test_an_adapter_of_another_base_is_refused_with_both_names(folder):
 def test_bits_without_their_package_are_refused_before_any_run(study_file, monkeypatch):
     import importlib.util
     found = importlib.util.find_spec
+    monkeypatch.setenv('LORA_STUDY_WARM', '0') # the study is looked at in this process, which lacks the package
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *a: None if name == 'bitsandbytes' else found(name, *a))
     study_file.write_text(STUDY + 'load_in_4bit: true\n')
     assert 'pip install bitsandbytes' in refused('run', study_file.name)

@@ -75,7 +75,7 @@ def test_runs_that_train_together_are_the_runs_they_are_alone(folder, alone):
 
 LONG = Study(name='long', shared=SHARED | dict(max_steps=60, engine='auto', eval_steps=60), axes=dict(lora_r=[2, 4]))
 
-def packs(): return [p for p in psutil.Process().children(recursive=True) if 'lora_study.packed' in p.cmdline()]
+def packs(): return [psutil.Process(pid) for note in Path('results').rglob('process.json') for pid, _ in json.loads(note.read_text())['processes']] # forked or started, the driver has noted them
 
 def when(true, then):
     "Does a thing as soon as something holds, beside what goes on"

@@ -132,7 +132,7 @@ def test_a_second_signal_does_not_wait(light):
 def test_a_missing_kernel_is_named_before_anything_runs(light):
     Path('left.yaml').write_text(STUDY)
     nowhere = "import sys; sys.prefix, sys.modules['ipykernel.kernelspec'] = '/nowhere', None\nimport jupyter_core.paths as p; p.SYSTEM_JUPYTER_PATH = []\n" \
-              "from types import SimpleNamespace as N; sys.modules['lora_study.planner'] = N(preflight=lambda study, device: [])\nfrom lora_study import cli; cli.main()"
+              "from types import SimpleNamespace as N; sys.modules['lora_study.planner'] = N(looked_at=lambda study, device: [])\nfrom lora_study import cli; cli.main()"
     r = subprocess.run([sys.executable, '-c', nowhere, 'run', 'left.yaml'], capture_output=True, text=True, timeout=120, env=os.environ | dict(JUPYTER_DATA_DIR='/nowhere', JUPYTER_PATH=''))
     assert r.returncode == 2 and 'kernel python3' in r.stderr and 'ipykernel install --sys-prefix --name python3' in r.stderr, r.stderr
     assert not Path('results/left').exists()

@@ -457,7 +457,7 @@ def test_the_package_reads_no_pickle_and_no_archive():
 
 # who may write under a name directly, and why
 UNDER_WAY = {('train', 'save_checkpoint'), ('pretrain', 'save_base'), ('tracker', 'back_up')} # inside `whole`
-NOT_KEPT = {('regress', 'side'), ('plots', 'save'), ('findings', 'png'), ('report', 'picture'), ('profiler', 'reset_peak'), ('tracker', 'write_whole')} # a temporary folder; three pictures in memory; a switch of the system's; the writer itself
+NOT_KEPT = {('regress', 'side'), ('plots', 'save'), ('findings', 'png'), ('report', 'picture'), ('profiler', 'reset_peak'), ('tracker', 'write_whole'), ('warm', 'fork')} # a temporary folder; three pictures in memory; a switch of the system's; the writer itself; a pipe
 OF_AN_ATTEMPT = {('lora', 'save_adapter'), ('lora', 'save_trained'), ('classify', 'save_classes'), ('train', '__call__')} # in a folder that gets its name when all is there; a log whose half lines are left out
 
 def test_everything_with_a_final_name_is_written_whole():
