@@ -5,6 +5,7 @@
 Both train the embedded base on the same rows with the same settings and seeds, and both end with a saved adapter for each point. Those are scored afterwards, outside the clock, by one function on the same
 held-out rows. The plain loop reports the loss its Trainer measures and nothing else; ours measures the base, what each example costs and what memory each phase takes, and as it comes also a step's cost alone, spectra,
 drift, merging and latency. The rivals: the loop one after another in fp32 with every core, and two at once in bf16 with half of the cores each. Sides take turns in each round; ratios are to the last.
+One side is ours with one worker that has every core: whether `--workers auto` chose well shows beside it.
 """
 import argparse, json, os, statistics, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
@@ -100,6 +101,7 @@ def main():
              'papermill + PEFT + Trainer, bf16, two at once': lambda at: plain(todo, at, a.steps, True, 2, cores),
              'lora-study run': lambda at: ours(todo, at, a.steps, a.run),
              'lora-study run, engine auto, no diagnostics, bf16': lambda at: ours(todo, at, a.steps, a.run, engine='auto', diagnostics='false', dtype='bfloat16'),
+             'lora-study run, engine auto, no diagnostics, one worker with every core': lambda at: ours(todo, at, a.steps, ['--workers', '1'], engine='auto', diagnostics='false'),
              'lora-study run, engine auto, no diagnostics': lambda at: ours(todo, at, a.steps, a.run, engine='auto', diagnostics='false')}
     times, nll = {s: [] for s in sides}, {}
     for k in range(a.rounds):

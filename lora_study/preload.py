@@ -115,13 +115,13 @@ def scores_file(
 def scored_base(
     run:Run, folder,      # as in `scores_file`
     device:torch.device,
-    score,                # () → rows, one an example; NLL of the source text or None
-) -> dict: # rows, source_nll, seconds, run_id of the run that measured
+    score,                # () → rows, one an example; NLL of the source text or None; of the validation rows
+) -> dict: # rows, source_nll, validation_nll, seconds, run_id of the run that measured
     "The base's scores, measured once a study"
     file = scores_file(run, folder, device)
     try: return json.loads(file.read_text(encoding='utf-8'))
     except (AttributeError, OSError, ValueError): pass # not shared, not there, or not whole
-    start = time.perf_counter(); rows, source_nll = score()
-    out = dict(rows=rows, source_nll=source_nll, seconds=time.perf_counter() - start, run_id=run_id(run))
+    start = time.perf_counter(); rows, source_nll, validation_nll = score()
+    out = dict(rows=rows, source_nll=source_nll, validation_nll=validation_nll, seconds=time.perf_counter() - start, run_id=run_id(run))
     if file is not None: tracker.write_whole(file, json.dumps(out, ensure_ascii=False, allow_nan=False))
     return out

@@ -6,9 +6,10 @@
 __all__ = ['OPTIMIZERS', 'SHAPES', 'PARTS', 'RESUME', 'total_steps', 'warmup', 'parameter_groups', 'make_optimizer',
            'make_schedule', 'rate_at', 'Loop', 'pack', 'apart', 'as_batch', 'picks', 'pieces', 'micro_batches',
            'Diverged', 'Stopped', 'summed_loss', 'backward', 'update', 'optimizer_step', 'read_validation',
-           'train_step', 'Progress', 'train', 'sealed_files', 'made_with', 'save_checkpoint', 'lacks', 'checkpoints_of',
-           'load_weights', 'load_checkpoint', 'load_weights_alone', 'changed', 'take_up', 'marks', 'read_loop',
-           'asked_loop', 'check_packed', 'check_applied', 'probe_batches', 'probe_run', 'step_cost', 'measure_adapter']
+           'starts_at_base', 'train_step', 'Progress', 'train', 'sealed_files', 'made_with', 'save_checkpoint', 'lacks',
+           'checkpoints_of', 'load_weights', 'load_checkpoint', 'load_weights_alone', 'changed', 'take_up', 'marks',
+           'read_loop', 'asked_loop', 'check_packed', 'check_applied', 'probe_batches', 'probe_run', 'step_cost',
+           'measure_adapter']
 
 # %% ../nbs/08_train.ipynb #4ea887a8
 import hashlib, json, math, shutil, time
@@ -211,12 +212,20 @@ def optimizer_step(loop:Loop, batches:list) -> tuple: # mean loss, tokens read
     return loss, tokens
 
 # %% ../nbs/08_train.ipynb #d1f24216
-def read_validation(loop:Loop, examples:list):
+def read_validation(
+    loop:Loop, examples:list,
+    nll:float|None=None, # where it is known
+):
     "Appends the present validation loss, and the adapter's size, to the history"
     loop.model.eval()
-    nll = summarise(token_scores(loop.model, examples, loop.pad_id, loop.run.per_device_eval_batch_size, loop.engine.scores))['nll']
+    if nll is None: nll = summarise(token_scores(loop.model, examples, loop.pad_id, loop.run.per_device_eval_batch_size, loop.engine.scores))['nll']
     loop.history['validation'].append(dict(step=loop.step, nll=nll))
     if loop.run.use_peft: loop.history['adapter'].append(dict(step=loop.step, **adapter_norms(loop.model)))
+
+# %% ../nbs/08_train.ipynb #d1f24217
+def starts_at_base(run:Run) -> bool:
+    "Whether a run's first step meets a model that computes what its base does"
+    return not run.use_peft or run.init_lora_weights in (True, 'gaussian')
 
 # %% ../nbs/08_train.ipynb #731cdcbc
 def train_step(loop:Loop):
@@ -255,16 +264,17 @@ def train(
     measure=lambda name: nullcontext(), # entered around 'training' steps and around each 'validation'
     progress=None,           # a file for `Progress`
     resume:str='auto',       # from `RESUME`
+    base_nll:float|None=None, # of the validation rows under the base, where it is known: what a run that starts there begins with
 ) -> Loop:
     "Trains to the end, from where the newest checkpoint left off"
     end, tell = min(loop.total, stop_at or loop.total), Progress(progress)
     def due(): return validation and (loop.step % loop.run.eval_steps == 0 or loop.step == loop.total)
-    def look():
-        with measure('validation'): read_validation(loop, validation)
+    def look(nll=None):
+        with measure('validation'): read_validation(loop, validation, nll)
     if checkpoints: take_up(loop, Path(checkpoints), resume)
     if loop.step == 0:
         torch.manual_seed(loop.run.seed)
-        if due(): look()
+        if due(): look(base_nll if starts_at_base(loop.run) else None)
     saving = bool(checkpoints and save_steps)
     def save(): return saving and (loop.step % save_steps == 0 or is_asked(checkpoints))
     if saving: can_be_asked(checkpoints)

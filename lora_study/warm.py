@@ -17,8 +17,8 @@ from . import processes
 from .config import BadInput
 
 # %% ../nbs/17_warm.ipynb #7916e8b7
-ALWAYS = ('ipykernel.kernelapp', 'ipykernel.debugger', 'IPython.core.completerlib', 'IPython.core.debugger', 'tornado.platform.asyncio', 'matplotlib.figure', 'matplotlib_inline.backend_inline', 'pandas', 'torch', 'transformers', 'lora_study.plots', 'lora_study.report')
-WITHOUT_GPU = ('peft', 'bitsandbytes', 'lora_study.train', 'lora_study.spectra', 'lora_study.drift', 'lora_study.harness', 'lora_study.memory', 'transformers.models.llama.modeling_llama')
+ALWAYS = ('ipykernel.kernelapp', 'ipykernel.debugger', 'IPython.core.completerlib', 'IPython.core.debugger', 'tornado.platform.asyncio', 'matplotlib.figure', 'matplotlib_inline.backend_inline', 'matplotlib.pyplot', 'PIL.BmpImagePlugin', 'PIL.GifImagePlugin', 'PIL.JpegImagePlugin', 'PIL.PpmImagePlugin', 'pandas', 'pyarrow.pandas_compat', 'torch', 'transformers', 'lora_study.plots', 'lora_study.report')
+WITHOUT_GPU = ('peft', 'peft.tuners.lora.bnb', 'bitsandbytes', 'lora_study.train', 'lora_study.spectra', 'lora_study.drift', 'lora_study.harness', 'lora_study.memory', 'transformers.models.llama.modeling_llama')
 
 # %% ../nbs/17_warm.ipynb #e0fb320e
 def import_all(names=()): # in place of what points need

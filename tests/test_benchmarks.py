@@ -40,4 +40,4 @@ def test_the_page_names_the_command_of_each_file_that_is_missing(tmp_path):
     code.insert(k + 1, 'shown, plain = [], answer\ndef answer(*a): m = plain(*a); shown.append(m.data); return m')
     done = subprocess.run([sys.executable, '-c', '\n'.join([*code, 'print("\\n".join(shown))'])], cwd=tmp_path/'nbs', capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
     assert done.returncode == 0, done.stderr[-2000:]
-    for name in ('makespan', 'point_overhead', 'packed', 'evaluation', 'report_time', 'sweep_load', 'generate_world'): assert f'`python benchmarks/{name}.py' in done.stdout, name
+    for name in ('makespan', 'compiled', 'point_overhead', 'packed', 'evaluation', 'report_time', 'sweep_load', 'generate_world'): assert f'`python benchmarks/{name}.py' in done.stdout, name
