@@ -1,6 +1,6 @@
 """How long a whole study takes, against what one would write instead: papermill over a notebook with PEFT and `Trainer`.
 
-    python benchmarks/makespan.py [--points 16] [--steps 12] [--rounds 1]     # prints a table, writes benchmarks/makespan.json
+    python benchmarks/makespan.py [--points 16] [--steps 12] [--rounds 1] [--profile]     # prints a table, writes benchmarks/makespan.json
 
 Both train the embedded base on the same rows with the same settings and seeds, and both end with a saved adapter for each point. Those are scored afterwards, outside the clock, by one function on the same
 held-out rows. The plain loop reports the loss its Trainer measures and nothing else; ours measures the base, what each example costs and what memory each phase takes, and as it comes also a step's cost alone, spectra,
@@ -9,6 +9,7 @@ One side is ours with one worker that has every core: whether `--workers auto` c
 """
 import argparse, json, os, statistics, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 import nbformat
 from conditions import conditions, written
@@ -71,12 +72,24 @@ def ours(todo:list, at:Path, steps:int, more:list, **keys) -> dict: # keys: more
     lines = dict(keys, **SIZES, per_device_train_batch_size=BATCH, max_length=LENGTH, max_steps=steps, eval_steps=steps, generate_size=0, lora_alpha=16)
     settings, seeds = list(dict.fromkeys((r, lr) for r, lr, _ in todo)), sorted({s for *_, s in todo})
     (at/'study.yaml').write_text(''.join(f'{k}: {v}\n' for k, v in lines.items()) + f'paired:\n  - lora_r: {[r for r, _ in settings]}\n    learning_rate: {[lr for _, lr in settings]}\nseeds: {seeds}\n')
+    begun = time.time()
     done = subprocess.run([sys.executable, '-m', 'lora_study.cli', 'run', 'study.yaml', *more], cwd=at, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    (at/'took.json').write_text(json.dumps([begun, time.time()]))
     found = {}
     for record in at.glob('results/study/runs/*/final/record.json'):
         c = json.loads(record.read_text())['config']; found[c['lora_r'], c['learning_rate'], c['seed']] = record.parent/'adapter'
     return found
+
+def where_it_goes(at:Path) -> dict: # seconds by the clock, and the share of each part in the time that points took
+    "What a study of ours spent its time on, by its notebooks' own clock and its records"
+    begun, ended = json.loads((at/'took.json').read_text())
+    clock = lambda text: datetime.fromisoformat(text).timestamp()
+    nbs = [nbformat.read(f, 4).metadata.papermill for f in at.glob('results/study/points/*.ipynb')]
+    metrics = [json.loads(f.read_text())['metrics'] for f in at.glob('results/study/runs/*/final/record.json')]
+    all_s = sum(nb.duration for nb in nbs)
+    of = {name: sum(m.get(k, 0.) for m in metrics for k in keys)/all_s for name, keys in {'training': ['training_s'], 'evaluation': ['validation_s', 'test_eval_s'], 'probe': ['probe_s']}.items()}
+    return dict(wall_s=ended - begun, before_first_s=min(clock(nb.start_time) for nb in nbs) - begun, after_last_s=ended - max(clock(nb.end_time) for nb in nbs), a_point_s=all_s/len(nbs), shares=of | dict(rest=1 - sum(of.values())))
 
 def clocked(call) -> tuple: # wall seconds, processor seconds of every child, what it returned
     before, wall = os.times(), time.perf_counter()
@@ -94,6 +107,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in dict(points=16, steps=12, rounds=1).items(): p.add_argument(f'--{name}', type=int, default=default)
     p.add_argument('--run', nargs='*', default=['--workers', 'auto'], help='arguments for `lora-study run`')
+    p.add_argument('--profile', action='store_true', help='only the last of our sides once more, to note beside its time where that goes')
     a = p.parse_args()
     found = conditions() | dict(rounds=a.rounds)
     todo, cores = points(a.points), len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
@@ -103,6 +117,13 @@ def main():
              'lora-study run, engine auto, no diagnostics, bf16': lambda at: ours(todo, at, a.steps, a.run, engine='auto', diagnostics='false', dtype='bfloat16'),
              'lora-study run, engine auto, no diagnostics, one worker with every core': lambda at: ours(todo, at, a.steps, ['--workers', '1'], engine='auto', diagnostics='false'),
              'lora-study run, engine auto, no diagnostics': lambda at: ours(todo, at, a.steps, a.run, engine='auto', diagnostics='false')}
+    file, of = Path(__file__).with_suffix('.json'), lambda r: (r['points'], r['steps'], r.get('cpu'))
+    there = json.loads(file.read_text())['rows'] if file.exists() else []
+    if a.profile:
+        with tempfile.TemporaryDirectory() as d: list(sides.values())[-1](Path(d)/'again'); goes = where_it_goes(Path(d)/'again')
+        mine = next(r for r in reversed(there) if of(r) == (a.points, a.steps, found['cpu']))
+        mine['goes'] = goes; print(goes)
+        return written(__file__, dict(rows=there))
     times, nll = {s: [] for s in sides}, {}
     for k in range(a.rounds):
         for i, (side, call) in enumerate(sides.items()):
@@ -120,8 +141,6 @@ def main():
     rows = [found | dict(side=s, points=a.points, steps=a.steps, wall_s=w, cpu_s=c, wall_ratio=w/median[us][0], cpu_ratio=c/median[us][1],
                          mean_nll=statistics.mean(nll[s].values()), largest_nll_difference=max(abs(nll[s][q] - nll[us][q]) for q in todo)) for s, (w, c) in median.items()]
     for r in rows: print(r)
-    file, of = Path(__file__).with_suffix('.json'), lambda r: (r['points'], r['steps'], r['cpu'])
-    kept = [r for r in (json.loads(file.read_text())['rows'] if file.exists() else []) if of(r) != of(rows[0])]
-    written(__file__, dict(rows=kept + rows))
+    written(__file__, dict(rows=[r for r in there if of(r) != of(rows[0])] + rows))
 
 if __name__ == '__main__': main()

@@ -202,7 +202,7 @@ def main():
             print(f"{shape}, {kind} rows, {r['tokens_a_step']:.0f} tokens a step, load {r['load_average']:.1f}; {r['matrix_rate']/1e9:.0f} GFLOP/s in its products alone, {r['rate_reached']:.0%} of it in a step: " + ', '.join(f'{k} {v:.0%}' for k, v in r['profile']['fast_bf16'].items()))
             for w, o in r['ways'].items(): print(f"  {WAYS[w]:45} {1000*o['step_s']:7.0f} ms {1000*o['cpu_s']:7.0f} ms of processor {o['tok_cpu_s']:8.0f} tokens a processor second, {r['ratios'][w]['cpu']:5.2f} times the first, {o['extra_mib']:6.0f} MiB more at the peak", flush=True)
     file = Path(__file__).with_suffix('.json')
-    of = lambda r: (r['shape'], r['rows'], r['cpu'])
+    of = lambda r: (r['shape'], r['rows'], r.get('cpu'))
     kept = [r for r in (json.loads(file.read_text())['rows'] if file.exists() else []) if of(r) not in set(map(of, found))]
     written(__file__, dict(rows=kept + found))
 

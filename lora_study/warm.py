@@ -44,17 +44,19 @@ THREADS = [] # of torch, for processes whose driver does not say, once the paren
 # %% ../nbs/17_warm.ipynb #f009b44b
 def become(target:str, args:list, env:dict, cwd:str, streams:list): # target: module:function; streams: file descriptors of its input and output, or none
     "Turns a forked process into one that calls a function; never returns"
-    os.setsid(); os.chdir(cwd)
-    os.environ.clear(); os.environ.update(env)
-    sys.path[1:1] = [p for p in env.get('PYTHONPATH', '').split(os.pathsep) if p and p not in sys.path] # as a started process would have them
-    for fd, places in zip(streams, ((0,), (1, 2))):
-        for place in places: os.dup2(fd, place)
-        os.close(fd)
-    threads = [int(asked)] if (asked := env.get('OMP_NUM_THREADS', '')).isdecimal() else THREADS
-    for n in threads if 'torch' in sys.modules else (): sys.modules['torch'].set_num_threads(n) # here, while there is one thread: torch makes its pool anew after a fork, and not safely among several
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
     code = 1
-    try: resolve_name(target)(*args); code = 0
+    try:
+        os.setsid()
+        for fd, places in zip(streams, ((0,), (1, 2))):
+            for place in places: os.dup2(fd, place)
+            os.close(fd)
+        os.chdir(cwd)
+        os.environ.clear(); os.environ.update(env)
+        sys.path[1:1] = [p for p in env.get('PYTHONPATH', '').split(os.pathsep) if p and p not in sys.path] # as a started process would have them
+        threads = [int(asked)] if (asked := env.get('OMP_NUM_THREADS', '')).isdecimal() else THREADS
+        for n in threads if 'torch' in sys.modules else (): sys.modules['torch'].set_num_threads(n) # here, while there is one thread: torch makes its pool anew after a fork, and not safely among several
+        for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
+        resolve_name(target)(*args); code = 0
     except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)
     except BaseException: traceback.print_exc()
     finally:
@@ -260,8 +262,8 @@ def warmed(
 # %% ../nbs/17_warm.ipynb #c0564b40
 def forked(target:str, env:dict|None=None) -> Forked | None: # target: module:function; None: there is no parent to ask
     "A process of the parent's with pipes, that calls a function without arguments"
-    try: return parent().fork(target, [], env, piped=True) if PARENT or DOOR in os.environ else None
-    except (AttributeError, OSError): return None
+    try: return (warm := parent() if PARENT or DOOR in os.environ else None) and warm.fork(target, [], env, piped=True)
+    except OSError: return None
 
 # %% ../nbs/17_warm.ipynb #c0564b38
 def answer():

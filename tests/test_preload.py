@@ -1,5 +1,5 @@
 "What a parent makes ready, and what the first point measures for all, changes no number."
-import json, os
+import json, subprocess, sys
 from pathlib import Path
 import pytest
 from conftest import cli
@@ -35,3 +35,22 @@ def test_without_diagnostics_a_point_measures_the_same_quality_and_the_report_sa
     page = (tmp_path/'light'/'results'/'tiny'/'RESULTS.md').read_text()
     assert 'come from the training itself' in page and 'warm probe' not in page and 'the fastest inference' not in page and 'not measured for any of them: a generated token' in page
     assert [p['diagnostics'] for p in by] == [False]*2
+
+DRIVER = "import atexit, sys; atexit.register(lambda: print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])); from lora_study import cli; sys.argv[1:] = ['run', 'tiny.yaml', '--workers', '2']; cli.main()"
+
+def test_who_drives_a_study_imports_no_torch(tmp_path, monkeypatch):
+    "The look at the study, the workers and the report are forked from the warm parent"
+    monkeypatch.chdir(tmp_path)
+    Path('tiny.yaml').write_text(STUDY)
+    done = subprocess.run([sys.executable, '-c', DRIVER], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.endswith('[]\n') and '2 runs done, 0 failed' in done.stdout, done.stdout + done.stderr
+    assert 'Debugger' not in done.stderr and Path('results/tiny/report.html').is_file()
+
+def test_a_run_that_starts_at_its_base_begins_with_the_base_s_loss_and_others_with_their_own(tmp_path, monkeypatch):
+    measured(tmp_path/'begins', monkeypatch, '', 'init_lora_weights: pissa\n')
+    records = [tracker.read_record(f) for f in Path('results/tiny/runs').glob('*/final/record.json')]
+    ours, _ = measured(tmp_path/'plain', monkeypatch, '', 'diagnostics: false\n')
+    begun = {r['curves']['validation'][0]['nll'] for r in ours.values()}
+    assert len(begun) == 1 and all(r.curves['validation'][0]['nll'] not in begun for r in records) # PiSSA's base is rounded anew
+    shared = json.loads(next(Path('results/tiny/base').glob('base-*.json')).read_text())
+    assert begun == {shared['validation_nll']}
