@@ -118,7 +118,7 @@ def in_process(
     job:dict,    # see `packed.do_job`
     watch:Watch,
     timeout:float|None=None, # seconds
-    module:str='lora_study.packed',
+    module:str='lora_study.packed', # with a `main`
 ) -> dict: # what it told; under `failed` why it ended before it was through
     "Does a job in a process of its own"
     p, told = warm.forked(f'{module}:main') or subprocess.Popen([sys.executable, '-m', module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors='replace', start_new_session=True), {}
