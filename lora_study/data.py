@@ -6,12 +6,15 @@
 __all__ = ['READERS', 'MADE', 'read_jsonl', 'read_json', 'read_table', 'read_rows', 'recognise', 'is_text', 'pairs', 'Splits',
            'share_key', 'hashed', 'cut', 'sampled', 'read_local', 'read_hub', 'embedded_splits', 'check_made',
            'with_labels', 'with_references', 'load_splits', 'Example', 'opening', 'tokenized', 'label_ids', 'chat_text',
-           'template_ids', 'chat_parts', 'encode', 'load_text', 'encode_text', 'batch_at', 'targets', 'collate']
+           'template_ids', 'chat_parts', 'encode', 'load_text', 'encode_text', 'epoch_order', 'batch_at', 'targets',
+           'collate']
 
 # %% ../nbs/01_data.ipynb #398011a8
 import csv, hashlib, io, json, math, random, re
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 import pandas as pd
 import torch
@@ -356,6 +359,14 @@ def encode_text(texts:list, tokenizer, max_length:int) -> list[Example]:
     return [Example('', tokenizer.decode(i[1:]), '', i, 1, len(tokenizer.decode(i[1:]).encode()), k) for k, i in enumerate(ids) if len(i) > 1]
 
 # %% ../nbs/01_data.ipynb #1d198eff
+@lru_cache(maxsize=8) # a step asks for a few of many: shuffling a million takes most of a second
+def epoch_order(epoch:int, n:int, seed:int) -> array: # not to be changed
+    "The order of n examples in one epoch"
+    order = array('L', range(n))
+    random.Random(f'order{seed}-{epoch}').shuffle(order)
+    return order
+
+# %% ../nbs/01_data.ipynb #1d198f00
 def batch_at(
     step:int,  # micro-batch number, from 0
     n:int,     # examples
@@ -363,11 +374,8 @@ def batch_at(
     seed:int,  # of the order
 ) -> list[int]: # indices of examples
     "The examples of one micro-batch; an epoch ends with its incomplete batch"
-    per_epoch = -(-n // size)
-    epoch, k = divmod(step, per_epoch)
-    order = list(range(n))
-    random.Random(f'order{seed}-{epoch}').shuffle(order)
-    return order[k*size:(k+1)*size]
+    epoch, k = divmod(step, -(-n // size))
+    return epoch_order(epoch, n, seed)[k*size:(k+1)*size].tolist()
 
 # %% ../nbs/01_data.ipynb #cbcdbbd4
 def targets(e:Example, completion_only:bool=True) -> list: # −100 where nothing is to be learnt

@@ -25,7 +25,8 @@ from .train import Diverged, Loop, Progress, micro_batches, read_validation, sav
 # %% ../nbs/56_packed.ipynb #211917b7
 def sharing(base:nn.Module) -> nn.Module:
     "A copy of a model's modules around the same tensors"
-    return copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
+    constants = [m.quant_state for m in base.modules() if getattr(m, 'quant_state', None) is not None] # of 4 bits: no parameters, and no buffers
+    return copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers(), *constants)})
 
 # %% ../nbs/56_packed.ipynb #a4570d80
 def check_together(runs:list):
@@ -151,7 +152,7 @@ def leave(loop:Loop, folder):
 # %% ../nbs/56_packed.ipynb #cb0486d4
 def do_job(
     job:dict, # members (run, checkpoints, progress), device, save_steps, resume
-    tell,     # called with what there is to say: left_out, together, diverged, stopped
+    tell,     # called with what there is to say: left_out; together, diverged, seconds, on a GPU peak (bytes)
 ):
     "Trains runs together, each with checkpoints of its own"
     ready, left_out, validation = members(job)
@@ -170,7 +171,8 @@ def do_job(
     for i in stopped: leave(ready[i][0], ready[i][1]['checkpoints'])
     can_be_asked(asked, False)
     ids = [run_id(l.run) for l in pack.loops]
-    tell(together=[i for k, i in enumerate(ids) if k not in pack.failed and k not in stopped], diverged={ids[k]: why for k, why in pack.failed.items()}, seconds=pack.seconds)
+    tell(together=[i for k, i in enumerate(ids) if k not in pack.failed and k not in stopped], diverged={ids[k]: why for k, why in pack.failed.items()}, seconds=pack.seconds,
+         **(dict(peak=torch.cuda.max_memory_reserved(l.device)) if (l := pack.loops[0]).device.type == 'cuda' else {}))
 
 # %% ../nbs/56_packed.ipynb #6381a18f
 def main():

@@ -7,7 +7,7 @@ __all__ = ['DATA', 'BASE', 'KEPT', 'ROOM', 'SPENT', 'SCORED', 'key', 'taken', 'p
            'fits', 'forkable', 'keep', 'scores_file', 'scored_base']
 
 # %% ../nbs/57_preload.ipynb #aa8d0311
-import gc, hashlib, json, os, time
+import hashlib, json, os, time
 from contextlib import contextmanager
 from pathlib import Path
 import psutil, torch
@@ -55,12 +55,12 @@ def prepared(run:Run) -> tuple: # as `prepare`
 # %% ../nbs/57_preload.ipynb #4bb7754c
 def prepared_base(run:Run, device:torch.device) -> torch.nn.Module: # as `load_base`
     "A run's base, ready if the parent had it"
-    return keepable(run, device) and taken('base', key(run, BASE)) or load_base(run, device)
+    return device.type == 'cpu' and keepable(run) and taken('base', key(run, BASE)) or load_base(run, device)
 
 # %% ../nbs/57_preload.ipynb #a155ee11
-def keepable(run:Run, device:torch.device) -> bool:
+def keepable(run:Run) -> bool:
     "Whether a parent may hold a run's base"
-    return device.type == 'cpu' and run.task_type == 'CAUSAL_LM' and not (run.load_in_8bit or run.load_in_4bit)
+    return run.task_type == 'CAUSAL_LM' and not (run.load_in_8bit or run.load_in_4bit)
 
 # %% ../nbs/57_preload.ipynb #0cc8bdb2
 def fits(run:Run) -> bool:
@@ -84,20 +84,20 @@ def forkable():
 # %% ../nbs/57_preload.ipynb #20c6112c
 def keep(
     run:Run,
-    device:torch.device, # where the run will be
+    kinds=('data', 'base'),
 ):
-    "In the warm parent, before a fork: makes what the run shares with others, unless it is there"
-    makers = {('data', key(run, DATA)): lambda: prepare(run)} if not run.trust_remote_code else {} # a base's own code runs in kernels alone
-    if makers and keepable(run, device): makers['base', key(run, BASE)] = lambda: load_base(run, device) if fits(run) else None
-    new = [what for what in makers if what not in KEPT]
-    while KEPT and len(KEPT) + len(new) > ROOM: del KEPT[next((k for k in KEPT if k not in makers), next(iter(KEPT)))]
-    for what in new:
-        start = time.perf_counter()
+    "In the warm parent, before a fork: makes what a run on the processor shares with others, unless it is there"
+    if run.trust_remote_code: return # a base's own code runs in kernels alone
+    makers = {('data', key(run, DATA)): lambda: prepare(run)}
+    if keepable(run): makers['base', key(run, BASE)] = lambda: load_base(run, torch.device('cpu')) if fits(run) else None
+    for what, make in makers.items():
+        if what in KEPT or what[0] not in kinds: continue
+        while len(KEPT) >= ROOM: del KEPT[next((k for k in KEPT if k not in makers), next(iter(KEPT)))]
+        start = time.process_time() # others are at work on this machine
         try:
-            with forkable(): value = makers[what]()
+            with forkable(): value = make()
         except Exception: continue
-        if value is not None: KEPT[what] = value, time.perf_counter() - start
-    if new: gc.collect(); gc.freeze() # a kernel's collector leaves the shared pages alone
+        if value is not None: KEPT[what] = value, time.process_time() - start
 
 # %% ../nbs/57_preload.ipynb #b0810a42
 SCORED = (*DATA, 'dtype', 'load_in_8bit', 'load_in_4bit', 'bnb_4bit_quant_type', 'bnb_4bit_use_double_quant', 'bnb_4bit_compute_dtype', 'generate_size', 'max_new_tokens', 'per_device_eval_batch_size')

@@ -6,8 +6,8 @@
 __all__ = ['HOW', 'TRIES', 'SAVED_EVERY', 'KINDS', 'NO_MEMORY', 'MACHINE', 'read_template', 'check_kernel', 'PromptClient',
            'mark_failure', 'kernel_manager', 'NoKernel', 'PointClient', 'in_one_kernel', 'sparing', 'PointEngine',
            'WholeFiles', 'execute', 'explain', 'run_folder', 'finished', 'run_point', 'publish', 'kept_alive', 'labels',
-           'plan', 'settled', 'unfinished', 'keep_failure', 'make_room', 'attempt_run', 'company', 'in_pack',
-           'given_back', 'sweep']
+           'plan', 'settled', 'left', 'keep_failure', 'make_room', 'attempt_run', 'company', 'in_pack', 'given_back',
+           'sweep']
 
 # %% ../nbs/10_sweep.ipynb #b106a63b
 import math, os, re, shutil, sqlite3, tempfile, threading, time
@@ -30,7 +30,7 @@ from .guards import check_folders, cleaned, within
 from .pages import opened_with, point_page
 from .processes import ADVICE, Watch, can_be_asked, circumstances, ending, reap, watched
 from .together import alike, announced, most_of, partners, room_for, train_together, trained, why_apart
-from .warm import QUIET, warmed
+from .warm import AROUND, warmed
 
 # %% ../nbs/10_sweep.ipynb #0416f06a
 HOW = {'work_dir', 'checkpoint_dir', 'shared_dir', 'device', 'save_steps', 'resume', 'micro_batch', 'diagnostics'} # parameters that are not part of a Run
@@ -158,7 +158,7 @@ def execute(
     papermill_engines.register('lora_study', PointEngine)
     papermill_io.reset(); papermill_io.register('local', WholeFiles())
     out.parent.mkdir(parents=True, exist_ok=True)
-    for k, v in QUIET.items(): os.environ.setdefault(k, v)
+    for k, v in AROUND.items(): os.environ.setdefault(k, v)
     watch = Watch(out.with_name('process.json'), parameters.get('checkpoint_dir'))
     try: execute_notebook(nb, str(out), parameters, engine_name='lora_study', kernel_name='python3', progress_bar=False, start_timeout=start_timeout, execution_timeout=timeout, watch=watch, ready=parameters)
     except Exception as e: e.watch = watch; raise
@@ -281,10 +281,10 @@ def settled(
     return row['status'] == 'done' or (row['status'] == 'failed' and not retry_failed and row['error_kind'] not in MACHINE)
 
 # %% ../nbs/10_sweep.ipynb #bb81ba97
-def unfinished(study:Study, results, retry_failed:bool=False) -> bool:
-    "Whether anything of a study is left to do"
+def left(study:Study, results, retry_failed:bool=False) -> list[Run]:
+    "The runs of a study about which something is to be done"
     path = Path(results)/'study.db'
-    return any(not settled(r, retry_failed) for r in plan(tracker.open_db(path) if path.is_file() else None, study))
+    return [r for r, row in zip(labels(study), plan(tracker.open_db(path) if path.is_file() else None, study)) if not settled(row, retry_failed)]
 
 # %% ../nbs/10_sweep.ipynb #84a91aa8
 def keep_failure(results, study:Study, run:Run, name:str, attempt:int, kind:str) -> str | None: # the notebook's path, from the results folder

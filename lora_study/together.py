@@ -96,8 +96,8 @@ def partners(
 # %% ../nbs/44_together.ipynb #618858cc
 def room_for(device:str, drivers:int=1) -> tuple: # bytes, cpu or cuda; drivers: that share this machine's memory
     "Where a pack would train, and what is free there"
-    from lora_study.workers import BESIDES, cards, free_bytes
-    gpus = cards(device)
+    from lora_study.workers import BESIDES, free_bytes
+    gpus = warm.called('lora_study.model:cards', device)
     if not gpus: return free_bytes()/drivers - BESIDES, 'cpu'
     ask = ['nvidia-smi', '-i', gpus[0], '--query-gpu=memory.free', '--format=csv,noheader,nounits']
     try: return float(subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0])*2**20, 'cuda'
@@ -155,4 +155,4 @@ def train_together(
     for i, why in told.get('left_out', {}).items(): say(f'{names[i]} trains apart: {cleaned(why)}')
     for i, why in told.get('diverged', {}).items(): say(f'{names[i]} left the others, who are untouched, and trains apart: {cleaned(why)}')
     if 'failed' in told: say(f'{len(members)} runs were to train together, and go on apart from their last checkpoints: {cleaned(told["failed"])}')
-    elif done := told.get('together'): say(f'{len(done)} runs trained together in {span(time.perf_counter() - start)}: {amount_of(watch.peak)} of memory held at most, {amount_of(expected)} expected')
+    elif done := told.get('together'): say(f'{len(done)} runs trained together in {span(time.perf_counter() - start)}: {amount_of(told.get("peak", watch.peak))} of memory held at most, {amount_of(expected)} expected')

@@ -243,3 +243,12 @@ def test_workers_have_packs_of_their_own(folder, monkeypatch):
     assert set(workers.drive(study, 'results', [{}]*2, said.append, execute='fake_point:execute', pack='auto', device='cpu').values()) == {True}
     assert said[0] == '4 of 4 runs can train together' and sum('2 runs trained together in' in s for s in said) == 2
     assert tracker.frame(tracker.open_db('results/study.db')).attempt.tolist() == [1]*4
+
+def test_runs_on_a_base_in_4_bits_share_its_constants():
+    "They are neither parameters nor buffers"
+    import torch
+    from lora_study.model import load_base
+    from lora_study.packed import sharing
+    base = load_base(Run(load_in_4bit=True, dtype='bfloat16'), torch.device('cpu'))
+    pairs = [(m, n) for m, n in zip(base.modules(), sharing(base).modules()) if getattr(m, 'quant_state', None) is not None]
+    assert pairs and all(m is not n and n.quant_state is m.quant_state and n.weight is m.weight for m, n in pairs)

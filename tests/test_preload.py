@@ -54,3 +54,16 @@ def test_a_run_that_starts_at_its_base_begins_with_the_base_s_loss_and_others_wi
     assert len(begun) == 1 and all(r.curves['validation'][0]['nll'] not in begun for r in records) # PiSSA's base is rounded anew
     shared = json.loads(next(Path('results/tiny/base').glob('base-*.json')).read_text())
     assert begun == {shared['validation_nll']}
+
+BESIDE_GPU = """import json, sys, torch
+torch.backends.cuda.is_built, torch.cuda._device_count_nvml, touched = lambda: True, lambda: 1, []
+torch._C._cuda_getDeviceCount = torch._C._cuda_init = lambda: touched.append(1) or 1
+from lora_study import preload, warm
+for name in warm.import_first(): warm.import_one(name)
+for chore in warm.chores(dict(train_size=16, validation_size=4, test_size=4)): chore()
+print(json.dumps([[what for what, _ in preload.KEPT], touched, [m for m in ('peft', 'bitsandbytes', 'lora_study.train') if m in sys.modules], 'lora_study.report' in sys.modules]))"""
+
+def test_beside_a_gpu_the_parent_keeps_tokens_and_touches_no_cuda():
+    "NVML and CUDA are stood in for: what has called either of CUDA's cannot be forked"
+    done = subprocess.run([sys.executable, '-c', BESIDE_GPU], capture_output=True, text=True, timeout=300)
+    assert json.loads(done.stdout or 'null') == [['data'], [], [], True], done.stdout + done.stderr
