@@ -1,6 +1,6 @@
 """How much faster K runs train together on one frozen base than one after the other.
 
-    python benchmarks/packed.py [--rounds 3] [--quick] [--gpu NAME …]     # prints a table, writes benchmarks/packed.json
+    python benchmarks/packed.py [--rounds 3] [--quick] [--only gpu --gpu NAME …]     # prints a table, writes benchmarks/packed.json
 
 The rival is our own fast engine, one run after the other, on the same base and rows; `lora_study.packed.gain` lets the two take turns in each round, after one of warm-up, and medians are compared. Memory is the peak of a
 step above what the base takes: of all K runs together, and of one run alone, which is all that the rival holds at a time. On the CPU: S5 of benchmarks/step_speed.py in bfloat16, and the embedded base in float32. Where there is
@@ -16,6 +16,7 @@ from lora_study.model import load_base, weight_bytes
 from lora_study.packed import gain, pack_runs, packed_step
 from lora_study.profiler import read_peak, reset_peak
 from lora_study.shapes import preset, presets
+from lora_study.sweep import NO_MEMORY
 
 TOGETHER, RANK = (2, 4, 8), 16
 CPU = {'S5, bfloat16': dict(batches=(1, 2, 8), length=256), 'embedded, float32': dict(batches=(1, 2, 8), length=128)}
@@ -68,11 +69,14 @@ def step_peak(base, runs:list, length:int) -> int: # bytes above what was held b
     return max(v for k, v in read_peak(device, kind).items() if 'reserved' not in k) - before
 
 def cell(base, k:int, batch:int, length:int, rounds:int, **more) -> dict:
-    runs = runs_of(k, batch, length, **more)
+    runs, found = runs_of(k, batch, length, **more), {}
     try:
-        found = dict(alone_bytes=step_peak(base, runs[:1], length), together_bytes=step_peak(base, runs, length)) | gain(base, runs, length, rounds)
+        for name, some in (('alone_bytes', runs[:1]), ('together_bytes', runs)): found[name] = step_peak(base, some, length)
+        found |= gain(base, runs, length, rounds)
         found['together_tok_s'] = k*batch*length/found['together_s']
-    except torch.OutOfMemoryError: found = dict(out_of_memory=True)
+    except RuntimeError as e:
+        if not NO_MEMORY.search(str(e)): raise
+        found['out_of_memory'] = True
     emptied()
     return found
 
@@ -102,7 +106,8 @@ def main():
     if a.only == 'cpu': pass
     elif not torch.cuda.is_available(): print('no GPU here: the bases of 1 to 8 B parameters are left out')
     else:
-        found, rows, device = conditions(), [], torch.device('cuda')
+        found, device = conditions(), torch.device('cuda')
+        rows = [r for r in parts.get('gpu', {}).get('rows', []) if r['base'] not in a.gpu]
         for name in a.gpu:
             for four_bits in (False, True):
                 base = random_base(name, device, four_bits=four_bits)

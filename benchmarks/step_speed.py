@@ -53,6 +53,7 @@ def ours(way:str, shape:str, rows:list, device:str='cpu'):
     base = model_of(shape, device).requires_grad_(False).to(getattr(torch, run.dtype))
     examples = [Example('', '', '', r['ids'], r['prompt'], 1, i) for i, r in enumerate(rows)]
     loop = Loop(run, make_trainable(base, run).train(), examples, 0)
+    assert kind != 'fast' or loop.engine.kind == 'flat', loop.engine.note # or something else would be measured
     while True:
         yield optimizer_step(loop, micro_batches(loop, loop.step))[1]
         loop.schedule.step(); loop.step += 1
@@ -120,12 +121,13 @@ def needed(shape:str, rows:list) -> float: # floating-point operations
 
 def where_it_goes(step, device:str) -> dict: # kind of operation → share of the step's processor time, or of its time on a GPU
     "One step by torch.profiler; what no operation took is Python's, or waiting for it"
+    import torch
     from torch.profiler import ProfilerActivity, profile
     clock, busy = clock_of(device), 'self_cpu_time_total' if device == 'cpu' else 'self_device_time_total'
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == 'cuda' else [])]) as p: start = clock()[1]; step(); spent = clock()[1] - start
     out = {}
     for e in p.key_averages():
-        if '::' not in e.key: continue # our own functions around operations
+        if '::' not in e.key or e.device_type != torch.autograd.DeviceType.CPU: continue # our own functions around operations; a GPU's kernels, which their operation's row holds already
         kind = next((k for k, pattern in OPERATIONS.items() if re.search(pattern, e.key)), 'elementwise and norms')
         out[kind] = out.get(kind, 0.) + getattr(e, busy)/1e6
     total = max(spent, sum(out.values()))
@@ -145,6 +147,7 @@ def worker(way:str, shape:str, file:str, device:str):
     else: import lora_study.train
     held, going = peak_bytes(device), None if way.startswith('tr') else ours(way, shape, rows, device)
     if going: next(going)
+    if device == 'cuda': torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats() # building a model took more than a step does
     for line in sys.stdin:
         times, start = [], None
         if not line.strip().isdigit():
@@ -178,13 +181,14 @@ def rows_of(kind:str, vocab:int, dataset:str|None, n:int=64) -> list:
 def fetch_trl():
     if not (TRL/'trl').is_dir(): subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', TRL, 'trl'], check=True)
 
-def measure(shape:str, kind:str, ways:list, rounds:int, steps:int, dataset:str|None, device:str) -> dict:
+def measure(shape:str, kind:str, ways:list, rounds:int, steps:int, dataset:str|None, device:str) -> dict|None: # None: ours could not run
     "One shape and kind of rows, all ways in turn"
     with tempfile.TemporaryDirectory() as d:
         rows = rows_of(kind, SHAPES[shape]['vocab_size'], dataset)
         file = Path(d)/'rows.json'; file.write_text(json.dumps(rows))
         env = os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), str(TRL), os.environ.get('PYTHONPATH', '')]))
-        workers = {w: subprocess.Popen([sys.executable, __file__, '--worker', w, shape, file, device], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env) for w in ways}
+        said_of = {w: (Path(d)/f'{w}.txt').open('w') for w in ways}
+        workers = {w: subprocess.Popen([sys.executable, __file__, '--worker', w, shape, file, device], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said_of[w], text=True, env=env) for w in ways}
         times, extra = {w: [] for w in ways}, {}
         try:
             for k in range(rounds + 1): # the first round warms up
@@ -192,8 +196,9 @@ def measure(shape:str, kind:str, ways:list, rounds:int, steps:int, dataset:str|N
                     p = workers.get(w)
                     if p is None: continue
                     try: p.stdin.write(f'{steps + 1}\n'); p.stdin.flush(); said = json.loads(p.stdout.readline())
-                    except (ValueError, OSError): print(f'  {w}: could not run', file=sys.stderr); workers.pop(w); continue
+                    except (ValueError, OSError): print(f'  {w}: could not run:', (Path(d)/f'{w}.txt').read_text().strip()[-600:], file=sys.stderr); workers.pop(w); continue
                     if k: times[w] += said['times'][1:]; extra[w] = max(extra.get(w, 0), said['extra_bytes'])
+            if 'fast_bf16' not in workers: return None
             ask = lambda w, line: (workers[w].stdin.write(line + '\n'), workers[w].stdin.flush(), json.loads(workers[w].stdout.readline()))[-1]
             rate, goes = ask('fast_bf16', 'rate'), {w: ask(w, 'profile') for w in ways if w in workers and not w.startswith('tr')}
         finally:
@@ -215,15 +220,14 @@ def main():
     devices = [d for d in ON if a.only in (None, d) and (d == 'cpu' or 'gpu' in there)]
     if not devices: raise SystemExit('no GPU is here to be measured')
     if a.trl: fetch_trl()
-    ways, found = list(dict.fromkeys(['fast_bf16', *a.ways, *(['trl'] if a.trl else [])])), []
-    for device, shape, kind in [(d, s, k) for d in devices for s in a.shapes or ON[d] for k in a.rows]:
-        where = {k: v for k, v in conditions().items() if k != 'gpu' or device == 'cuda'}
-        found.append(where | (dict(quick=True) if a.quick else {}) | measure(shape, kind, ways, a.rounds, a.steps, a.dataset, device)); r = found[-1]
-        print(f"{shape}, {kind} rows, {r['tokens_a_step']:.0f} tokens a step, load {r['load_average']:.1f}; {r['matrix_rate']/1e9:.0f} GFLOP/s in its products alone, {r['rate_reached']:.0%} of it in a step: " + ', '.join(f'{k} {v:.0%}' for k, v in r['profile']['fast_bf16'].items()))
-        for w, o in r['ways'].items(): print(f"  {WAYS[w]:45} {1000*o['step_s']:7.0f} ms {1000*o['cpu_s']:7.0f} ms of processor {o['tok_cpu_s']:8.0f} tokens a processor second, {r['ratios'][w]['cpu']:5.2f} times the first, {o['extra_mib']:6.0f} MiB more at the peak", flush=True)
-    file = Path(__file__).with_suffix('.json')
+    ways, file = list(dict.fromkeys(['fast_bf16', *a.ways, *(['trl'] if a.trl else [])])), Path(__file__).with_suffix('.json')
     of = lambda r: (r['shape'], r['rows'], r.get('gpu') or r.get('cpu'))
-    kept = [r for r in (json.loads(file.read_text())['rows'] if file.exists() else []) if of(r) not in set(map(of, found))]
-    written(__file__, dict(rows=kept + found))
+    for device, shape, kind in [(d, s, k) for d in devices for s in a.shapes or ON[d] for k in a.rows]:
+        where = {k: v for k, v in conditions().items() if k != 'gpu' or device == 'cuda'} | (dict(quick=True) if a.quick else {})
+        if not (r := measure(shape, kind, ways, a.rounds, a.steps, a.dataset, device)): continue
+        print(f"{shape}, {kind} rows, {r['tokens_a_step']:.0f} tokens a step, load {where['load_average']:.1f}; {r['matrix_rate']/1e9:.0f} GFLOP/s in its products alone, {r['rate_reached']:.0%} of it in a step: " + ', '.join(f'{k} {v:.0%}' for k, v in r['profile']['fast_bf16'].items()))
+        for w, o in r['ways'].items(): print(f"  {WAYS[w]:45} {1000*o['step_s']:7.0f} ms {1000*o['cpu_s']:7.0f} ms of processor {o['tok_cpu_s']:8.0f} tokens a processor second, {r['ratios'][w]['cpu']:5.2f} times the first, {o['extra_mib']:6.0f} MiB more at the peak", flush=True)
+        there = json.loads(file.read_text())['rows'] if file.exists() else []
+        written(__file__, dict(rows=[q for q in there if of(q) != of(where | r)] + [where | r])) # what was measured is kept if the next cannot be
 
 if __name__ == '__main__': main()
