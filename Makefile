@@ -4,7 +4,7 @@ STAMP := .venv/ready
 
 .PHONY: study test setup export check site notebooks base clean
 study: setup
-	.venv/bin/lora-study run studies/quick.yaml || [ $$? -eq 3 ]
+	.venv/bin/lora-study run studies/quick.yaml --workers auto || [ $$? -eq 3 ]
 
 test: setup check
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/nbdev_test --n_workers 2

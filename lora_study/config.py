@@ -464,7 +464,8 @@ def read_study(
 
 # %% ../nbs/00_config.ipynb #f0694443
 def template_file() -> str: # YAML
-    "A study file with every argument at its default"
-    rows = [f'{k}: {json.dumps(f.default)}' for k, f in Run.model_fields.items() if k not in ('seed', 'lora_r', *HASHES.values())]
-    rows.append('# lora_budget: 50000 # instead of lora_r: the rank that gives each placement so many trainable parameters; lora_alpha may be r or 2r')
+    "A study file with every argument at its default, but for the engine"
+    fields = {k: json.dumps(f.default) for k, f in Run.model_fields.items() if k not in ('seed', 'lora_r', *HASHES.values())}
+    fields |= dict(engine='"auto" # the fastest step that gives the same; peft: PEFT\'s own, whose time and memory are also those of other trainers with PEFT')
+    rows = [*(f'{k}: {v}' for k, v in fields.items()), '# lora_budget: 50000 # instead of lora_r: the rank that gives each placement so many trainable parameters; lora_alpha may be r or 2r']
     return '\n'.join([f"lora_study: '{__version__}' # the version this was written for", 'description: What this study asks', '', *rows, '', 'axes: # every combination is run, once a seed', '  lora_r: [1, 4, 16]', 'seeds: [0, 1]', ''])
