@@ -228,6 +228,7 @@ def main():
         print(f"{shape}, {kind} rows, {r['tokens_a_step']:.0f} tokens a step, load {where['load_average']:.1f}; {r['matrix_rate']/1e9:.0f} GFLOP/s in its products alone, {r['rate_reached']:.0%} of it in a step: " + ', '.join(f'{k} {v:.0%}' for k, v in r['profile']['fast_bf16'].items()))
         for w, o in r['ways'].items(): print(f"  {WAYS[w]:45} {1000*o['step_s']:7.0f} ms {1000*o['cpu_s']:7.0f} ms of processor {o['tok_cpu_s']:8.0f} tokens a processor second, {r['ratios'][w]['cpu']:5.2f} times the first, {o['extra_mib']:6.0f} MiB more at the peak", flush=True)
         there = json.loads(file.read_text())['rows'] if file.exists() else []
-        written(__file__, dict(rows=[q for q in there if of(q) != of(where | r)] + [where | r])) # what was measured is kept if the next cannot be
+        rows = [q for q in there if of(q) != of(where | r)] + [where | r]
+        written(__file__, dict(rows=sorted(rows, key=lambda q: (of(q)[2], list(SHAPES).index(q['shape']), q['rows'])))) # what was measured is kept if the next cannot be
 
 if __name__ == '__main__': main()

@@ -193,7 +193,7 @@ def protocol(df:pd.DataFrame) -> Table:
 def machine(df:pd.DataFrame) -> Table:
     "Where it ran, with what"
     df = df[~evidence.imported(df)]
-    facts = {'machine': f"{said(df, 'device_name')} ({said(df, 'device')}, {said(df, 'threads')} threads), {said(df, 'platform')}", 'base held in': said(df, 'base_dtype'), 'python': said(df, 'python')}
+    facts = {'machine': f"{said(df, 'device_name')} ({said(df, 'device')}, {said(df, 'threads')} thread{'s'*(said(df, 'threads') != '1')}), {said(df, 'platform')}", 'base held in': said(df, 'base_dtype'), 'python': said(df, 'python')}
     facts |= {c.removesuffix('_version'): said(df, c) for c in sorted(df) if c.endswith('_version') and c != 'code_version' and df[c].notna().any()}
     facts |= {'lora_study': f"{said(df, 'code_version')} at commit {said(df, 'code_commit')}" + (' with uncommitted changes' if 'code_dirty' in df and df.code_dirty.eq(True).any() else ''), 'runs ended': f'{df.ended.min()} to {df.ended.max()}'}
     return Table('Where it ran, and with what.', ('', ''), tuple(Row((k, v)) for k, v in facts.items()))

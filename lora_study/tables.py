@@ -122,7 +122,7 @@ def where_it_ran(df:pd.DataFrame) -> str:
     same = ('device_name', 'threads', 'base_dtype', 'torch_version', 'code_version', 'code_commit', 'code_dirty')
     mixed = [c for c in same if c in df and df[c].nunique(dropna=False) > 1]
     dirty = ' with uncommitted changes' if 'code_dirty' in df and df.code_dirty.eq(True).any() else ''
-    return (f"Measured on {one('device_name')} ({one('device')}, {one('threads')} threads, base in {one('base_dtype')}) with {versions}; "
+    return (f"Measured on {one('device_name')} ({one('device')}, {one('threads')} thread{'s'*(one('threads') != '1')}, base in {one('base_dtype')}) with {versions}; "
             f"lora_study {one('code_version')} at commit {one('code_commit')}{dirty}; runs ended {df.ended.min()} to {df.ended.max()}."
             + (f" **These runs differ in {', '.join(mixed)}: compare their costs with care.**" if mixed else '') + (f' {said}' if said else ''))
 
