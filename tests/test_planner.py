@@ -146,7 +146,8 @@ def test_what_ran_calibrates_and_times_what_did_not(folder):
 def test_runs_made_with_fewer_rows_at_a_time_teach_what_they_are(folder):
     "A batch that did not fit was divided: its peak and its time are not those of the whole batch"
     study = read_study(ROOT/'studies/quick.yaml')
-    run, expects = next(r for r in expand(study) if r.lora_r == 4), lambda r: predicted(r, device='cpu')['predicted_peak_expected_bytes']
+    made = [dict((name, value) for name, _, value in json.loads(l)['metrics']) for l in (ROOT/'results/quick/records.jsonl').read_text().splitlines()]
+    run, expects = next(r for r in expand(study) if r.lora_r == 4), lambda r: predicted(r, device='cpu', length=int(made[0]['predicted_length']))['predicted_peak_expected_bytes']
     less = expects(run.model_copy(update=dict(per_device_train_batch_size=4, gradient_accumulation_steps=8)))/expects(run)
     def learnt(*divided): # ranks made with 4 rows at a time: as much less memory as is expected of them, a third of the speed
         lines, by = [json.loads(l) for l in (ROOT/'results/quick/records.jsonl').read_text().splitlines()], dict(probe_peak_rss_bytes=less, step_s=3, tok_s=1/3, train_s=3)
@@ -157,7 +158,7 @@ def test_runs_made_with_fewer_rows_at_a_time_teach_what_they_are(folder):
         rows = finished(db)
         return calibration(run, rows, 'cpu')[0], {r: timed(run.model_copy(update=dict(lora_r=r)), rows, '', 'cpu') for r in (4, 64)}
     (ratio, time), (_, one), (same, every) = learnt(), learnt(4), learnt(1, 4, 16)
-    assert less < .9 and same == pytest.approx(ratio, rel=.01)
+    assert less < .95 and same == pytest.approx(ratio, rel=.01)
     assert one[64]['step_s'] == pytest.approx(time[64]['step_s'], rel=.1) and one[64]['how'] == 'scaled by tokens'
     assert one[4]['step_s'] == pytest.approx(3*time[4]['step_s']) and one[4]['how'] == 'same setting, fewer rows at a time'
     assert every[64]['how'] == 'scaled by tokens, fewer rows at a time'

@@ -1,8 +1,8 @@
 "What a parent makes ready, and what the first point measures for all, changes no number."
-import json, subprocess, sys
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
-import pytest
-from conftest import cli
+import psutil, pytest
+from conftest import cli, command
 from lora_study import tracker
 
 STUDY = 'train_size: 64\nvalidation_size: 8\ntest_size: 8\ngenerate_size: 2\nmax_new_tokens: 4\nmax_steps: 3\neval_steps: 3\nlora_dropout: .1\nforgetting_dataset_name: embedded\nforgetting_size: 8\naxes:\n  lora_r: [2, 4]\nseeds: [0]\n'
@@ -67,3 +67,20 @@ def test_beside_a_gpu_the_parent_keeps_tokens_and_touches_no_cuda():
     "NVML and CUDA are stood in for: what has called either of CUDA's cannot be forked"
     done = subprocess.run([sys.executable, '-c', BESIDE_GPU], capture_output=True, text=True, timeout=300)
     assert json.loads(done.stdout or 'null') == [['data'], [], [], True], done.stdout + done.stderr
+
+@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize('after', [.6, 5, 6.5]) # seconds: at its imports, looked at, at its first points
+def test_a_study_stopped_before_its_first_run_is_done_leaves_no_process(tmp_path, monkeypatch, how, after):
+    monkeypatch.chdir(tmp_path)
+    Path('tiny.yaml').write_text(STUDY); Path('tmp').mkdir()
+    driver = subprocess.Popen(command('run', 'tiny.yaml', '--workers', 2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=os.environ | dict(TMPDIR=str(tmp_path/'tmp')))
+    seen, end = {}, time.monotonic() + after
+    while time.monotonic() < end:
+        seen |= {p.pid: p for p in psutil.Process(driver.pid).children(recursive=True)}
+        time.sleep(.05)
+    driver.send_signal(how)
+    said, _ = driver.communicate(timeout=60)
+    assert driver.returncode in {signal.SIGINT: (130,), signal.SIGTERM: (143, -15), signal.SIGKILL: (-9,)}[how] and 'Traceback' not in said, said # −15: before it listened
+    _, left = psutil.wait_procs(seen.values(), 30)
+    assert not left, [(p.pid, p.cmdline()) for p in left]
+    if how == signal.SIGINT: assert not list(Path('tmp').glob('lora-*'))
