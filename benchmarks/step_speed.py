@@ -187,8 +187,7 @@ def measure(shape:str, kind:str, ways:list, rounds:int, steps:int, dataset:str|N
         rows = rows_of(kind, SHAPES[shape]['vocab_size'], dataset)
         file = Path(d)/'rows.json'; file.write_text(json.dumps(rows))
         env = os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), str(TRL), os.environ.get('PYTHONPATH', '')]))
-        said_of = {w: (Path(d)/f'{w}.txt').open('w') for w in ways}
-        workers = {w: subprocess.Popen([sys.executable, __file__, '--worker', w, shape, file, device], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said_of[w], text=True, env=env) for w in ways}
+        workers = {w: subprocess.Popen([sys.executable, __file__, '--worker', w, shape, file, device], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(Path(d)/f'{w}.txt').open('w'), text=True, env=env) for w in ways}
         times, extra = {w: [] for w in ways}, {}
         try:
             for k in range(rounds + 1): # the first round warms up

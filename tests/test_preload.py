@@ -72,7 +72,7 @@ def test_beside_a_gpu_the_parent_keeps_tokens_and_touches_no_cuda():
 @pytest.mark.parametrize('after', [.6, 5, 6.5]) # seconds: at its imports, looked at, at its first points
 def test_a_study_stopped_before_its_first_run_is_done_leaves_no_process(tmp_path, monkeypatch, how, after):
     monkeypatch.chdir(tmp_path)
-    Path('tiny.yaml').write_text(STUDY); Path('tmp').mkdir()
+    Path('tiny.yaml').write_text(STUDY.replace('max_steps: 3', 'max_steps: 100000')); Path('tmp').mkdir() # hours
     driver = subprocess.Popen(command('run', 'tiny.yaml', '--workers', 2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=os.environ | dict(TMPDIR=str(tmp_path/'tmp')))
     seen, end = {}, time.monotonic() + after
     while time.monotonic() < end:
