@@ -359,7 +359,7 @@ def encode_text(texts:list, tokenizer, max_length:int) -> list[Example]:
     return [Example('', tokenizer.decode(i[1:]), '', i, 1, len(tokenizer.decode(i[1:]).encode()), k) for k, i in enumerate(ids) if len(i) > 1]
 
 # %% ../nbs/01_data.ipynb #1d198eff
-@lru_cache(maxsize=8) # a step asks for a few of many: shuffling a million takes most of a second
+@lru_cache(maxsize=8) # a step asks for a few of many: shuffling a million for each takes a third of a second
 def epoch_order(epoch:int, n:int, seed:int) -> array: # not to be changed
     "The order of n examples in one epoch"
     order = array('L', range(n))
