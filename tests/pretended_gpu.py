@@ -1,10 +1,10 @@
 """A GPU for a machine without one: tensors that say they are on `cuda:0`, compute on the processor, and refuse to meet those that are not
 
-    python tests/pretended_gpu.py point '{"engine": "fast"}'   # or pack, or benchmarks; prints what it found, as JSON
+    python tests/pretended_gpu.py point '{"engine": "fast"}'   # or checks, pack, benchmarks; prints what it found, as JSON
 
 What it shows is that nothing is on the wrong device, and that what is computed there is right. It says nothing of a GPU's own kernels, speed or memory, and knows no 4-bit and 8-bit layers, which have kernels of their own.
 """
-import json, sys, tempfile, types
+import json, math, sys, tempfile, types
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -34,6 +34,7 @@ class OnGPU(torch.Tensor):
     def data_ptr(self): return self.held.data_ptr()
     def get_device(self): return 0
     def tolist(self): return self.held.tolist()
+    def __reduce_ex__(self, protocol): return self.held.__reduce_ex__(protocol) # what is saved is read to the processor
     def numpy(self, *a, **kw): raise TypeError("can't convert cuda:0 device type tensor to numpy")
     def backward(self): torch.autograd.backward([self])
     def __setitem__(self, at, value): super().__setitem__(at, value if isinstance(value, torch.Tensor) else OnGPU(torch.tensor(value, dtype=self.dtype)))
@@ -131,6 +132,11 @@ def pack(device:str, together:bool=True, **given) -> dict: # losses of three run
         losses += [[h['loss'] for h in l.history['train']] for l in p.loops]
     return dict(losses=losses)
 
+def checks(device:str) -> dict: # check → how far off it is, None where it could not be measured
+    "All of `lora-study validate`"
+    from lora_study.validate import validate
+    return {v.name: v.value if math.isfinite(v.value) else None for v in validate('embedded', torch.device(device)) if v.passed or not math.isfinite(v.value)}
+
 def benchmarks(device:str) -> dict: # a row of packed, what a worker of step_speed answers
     "What the benchmarks measure on a GPU, but of small bases"
     import io
@@ -150,7 +156,7 @@ def benchmarks(device:str) -> dict: # a row of packed, what a worker of step_spe
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    what, given = dict(point=point, pack=pack, benchmarks=benchmarks)[sys.argv[1]], json.loads(sys.argv[2])
+    what, given = dict(point=point, checks=checks, pack=pack, benchmarks=benchmarks)[sys.argv[1]], json.loads(sys.argv[2])
     alone = what('cpu', **given | (dict(together=False) if what is pack else {}))
     with pretending(): there = what('cuda', **given)
     print('\n' + json.dumps(dict(cpu=alone, gpu=there)))

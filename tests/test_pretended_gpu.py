@@ -29,6 +29,11 @@ def test_runs_trained_together_on_it_have_the_losses_of_each_alone_on_the_proces
     apart, together = told('pack', dtype='float32')
     for a, b in zip(apart['losses'], together['losses'], strict=True): assert b == pytest.approx(a, rel=1e-5)
 
+def test_the_checks_pass_on_it():
+    cpu, gpu = told('checks')
+    assert gpu.keys() == cpu.keys() and len(gpu) > 20 # what had failed would be missing
+    assert {name for name, value in gpu.items() if value is None} == {n for n in gpu if '4-bit' in n or 'nf4' in n or 'int8' in n} and None not in cpu.values() # it has no kernels for these
+
 def test_the_benchmarks_have_a_way_through_it():
     _, gpu = told('benchmarks')
     assert gpu['row']['device'] == 'cuda' and gpu['row']['gain'] > 0 and 'out_of_memory' not in gpu['row']
