@@ -6,8 +6,8 @@
 __all__ = ['SITES', 'FLAT', 'Pair', 'pair', 'frozen_weight', 'side_by_side', 'joined', 'Site', 'project', 'unproject', 'Adapted',
            'not_covered', 'swap', 'scored_logits', 'wide', 'normed', 'unnormed', 'rotate', 'Reading', 'Writing',
            'with_columns', 'attention_gradients', 'Attention', 'attend', 'Step', 'Block', 'Scored', 'Normed', 'rounded',
-           'flat_batch', 'Flat', 'not_flat', 'Engine', 'probe_gradients', 'disagreement', 'layered', 'find_engine',
-           'engine_of', 'read_engine', 'in_float64']
+           'flat_batch', 'laid_out', 'scored_tokens', 'Flat', 'not_flat', 'Engine', 'probe_gradients', 'disagreement',
+           'layered', 'find_engine', 'engine_of', 'read_engine', 'in_float64']
 
 # %% ../nbs/55_fast.ipynb #51d00dc6
 from copy import copy, deepcopy
@@ -379,8 +379,9 @@ class Normed(torch.autograd.Function):
         return unnormed(dn.clone(), x, inv, w, torch.zeros_like(x)), None, None
 
 # %% ../nbs/55_fast.ipynb #afcb088a
-def rounded(n:int) -> int:
-    "n, or the next of eight sizes an octave"
+def rounded(n:int, dtype:torch.dtype=torch.bfloat16) -> int:
+    "n, or the next of eight sizes an octave; in float32 every size is as good as another"
+    if dtype == torch.float32: return n
     step = max(8, 2**(n.bit_length() - 4))
     return -(-n//step)*step
 
@@ -397,6 +398,26 @@ def flat_batch(batch:dict) -> tuple: # ids, positions, targets (−100: none), e
     put = lambda t, fill: t.new_full((int(room.sum()),), fill).index_copy_(0, at, t[real])
     return put(batch['input_ids'], 0), put(positions, 0), put(F.pad(batch['labels'][:, 1:], (0, 1), value=-100), -100), room.tolist()
 
+# %% ../nbs/55_fast.ipynb #a1c0de01
+def laid_out(body, parts:list) -> tuple: # body: of a decoder; parts: of `flat_batch`, a run each; → Step, embedded tokens (tokens, width), targets (tokens,)
+    "What the layers read"
+    device, dtype, lengths, ends = body.embed_tokens.weight.device, body.embed_tokens.weight.dtype, [n for p in parts for n in p[3]], [0]
+    for p in parts: ends.append(ends[-1] + len(p[0]))
+    if more := rounded(ends[-1], dtype) - ends[-1]: lengths.append(more); ends[-1] += more
+    ids, positions, targets = (F.pad(torch.cat([p[i] for p in parts]), (0, more), value=fill).to(device) for i, fill in enumerate((0, 0, -100)))
+    with torch.no_grad(): x = body.embed_tokens(ids)
+    cos, sin = (t[0, :, None].chunk(2, -1)[0].contiguous() for t in body.rotary_emb(x[None], positions[None]))
+    cell = torch.cat([torch.arange(n) + i*max(lengths) for i, n in enumerate(lengths)]).to(device)
+    return Step([slice(*e) for e in zip(ends, ends[1:])], [(len([*same]), n) for n, same in groupby(lengths)], cos, sin, cell), x, targets
+
+# %% ../nbs/55_fast.ipynb #a1c0de02
+def scored_tokens(step:Step, targets:torch.Tensor, dtype:torch.dtype) -> tuple: # places of the tokens that go on (scored tokens,); of those, the slice of each run, and the same without what fills up
+    "Where a label is"
+    at = (targets != -100).nonzero()[:, 0]
+    edges = [0, *torch.searchsorted(at, torch.tensor([s.stop for s in step.spans], device=at.device)).tolist()]
+    own, more = [slice(*e) for e in zip(edges, edges[1:])], rounded(len(at), dtype) - len(at)
+    return F.pad(at, (0, more), value=len(targets) - 1), [*own[:-1], slice(edges[-2], edges[-1] + more)], own
+
 # %% ../nbs/55_fast.ipynb #0be0fbdc
 class Flat:
     "The training forward of one model, or of several that share a base: batches in (a model each, on the CPU), summed losses out"
@@ -409,23 +430,9 @@ class Flat:
         f = copy(self)
         f.models, f.blocks = [self.models[i] for i in which], [b.only(which) for b in self.blocks]
         return f
-    def step(self, parts:list) -> tuple: # Step, embedded tokens, targets
-        body = self.base.model
-        device, lengths, ends = body.embed_tokens.weight.device, [n for p in parts for n in p[3]], [0]
-        for p in parts: ends.append(ends[-1] + len(p[0]))
-        if more := rounded(ends[-1]) - ends[-1]: lengths.append(more); ends[-1] += more
-        ids, positions, targets = (F.pad(torch.cat([p[i] for p in parts]), (0, more), value=fill).to(device) for i, fill in enumerate((0, 0, -100)))
-        with torch.no_grad(): x = body.embed_tokens(ids)
-        cos, sin = (t[0, :, None].chunk(2, -1)[0].contiguous() for t in body.rotary_emb(x[None], positions[None]))
-        cell = torch.cat([torch.arange(n) + i*max(lengths) for i, n in enumerate(lengths)]).to(device)
-        return Step([slice(*e) for e in zip(ends, ends[1:])], [(len([*same]), n) for n, same in groupby(lengths)], cos, sin, cell), x, targets
     def states(self, batches:list) -> tuple: # normed (scored tokens, width), their targets, a slice of them for each model
-        step, x, targets = self.step([flat_batch(b) for b in batches])
-        at = (targets != -100).nonzero()[:, 0]
-        ends = torch.tensor([s.stop for s in step.spans], device=at.device)
-        edges = [0, *torch.searchsorted(at, ends).tolist()]
-        sums, more = [slice(*e) for e in zip(edges, edges[1:])], rounded(len(at)) - len(at)
-        at, kept = F.pad(at, (0, more), value=len(x) - 1), [*sums[:-1], slice(edges[-2], edges[-1] + more)]
+        step, x, targets = laid_out(self.base.model, [flat_batch(b) for b in batches])
+        at, kept, sums = scored_tokens(step, targets, x.dtype)
         for b in self.blocks:
             args = (x, step, (at, kept) if b is self.blocks[-1] else None)
             again = b.module.training and getattr(b.module, 'gradient_checkpointing', False)

@@ -348,8 +348,8 @@ def metric_against(
         ax.errorbar(mean.index, mean, yerr=sd, ms=5, capsize=3, zorder=3, label=name, **look(k))
         lost(ax, g[x][value.isna()])
         means |= {f'{axis_name(x)} {say(i)}' + (f', {name}' if others else ''): v for i, v in mean.items()}
-    if base and base in df and df[base].nunique() == 1: draw_base(ax, df[base].dropna().iloc[0], df[metric])
     if metric.endswith(('exact_match', 'accuracy')): ax.set_ylim(bottom=-.02)
+    if base and base in df and df[base].nunique() == 1: draw_base(ax, df[base].dropna().iloc[0], df[metric])
     ax.margins(x=.08); handles, labels = ax.get_legend_handles_labels(); legend(fig, handles, labels); label_levels(ax, levels)
     return described(fig, best_and_range(axis_name(metric), means, metric.endswith(HIGHER)), 'Each dot a run; lines join the means; bars are one sample standard deviation over seeds, absent where there is one seed.')
 
@@ -365,7 +365,7 @@ def lost(ax, xs):
 def draw_base(ax, value:float, metric:pd.Series):
     "The base as a dashed line, or as a number in the legend when it is far from all runs"
     span = max(metric.max() - metric.min(), .1*metric.abs().max())
-    near = metric.min() - 2*span <= value <= metric.max() + 2*span
+    near = min(metric.min() - 2*span, ax.get_ylim()[0]) <= value <= metric.max() + 2*span
     if near: ax.axhline(value, color=SOFT, ls='--', lw=1, label='base, no adapter')
     else: ax.plot([], [], color=SOFT, ls='--', lw=1, label=f'base, no adapter: {value:.2f} (off the scale)')
 
