@@ -7,7 +7,7 @@ __all__ = ['HOW', 'TRIES', 'SAVED_EVERY', 'KINDS', 'NO_MEMORY', 'MACHINE', 'read
            'mark_failure', 'kernel_manager', 'NoKernel', 'PointClient', 'in_one_kernel', 'sparing', 'PointEngine',
            'WholeFiles', 'execute', 'explain', 'run_folder', 'finished', 'run_point', 'publish', 'kept_alive', 'labels',
            'plan', 'settled', 'left', 'keep_failure', 'make_room', 'attempt_run', 'company', 'in_pack', 'given_back',
-           'sweep']
+           'opened', 'sweep']
 
 # %% ../nbs/10_sweep.ipynb #b106a63b
 import math, os, re, shutil, sqlite3, tempfile, threading, time
@@ -372,6 +372,20 @@ def given_back(db, path, study:str, mine:list): # mine: of (run, label, attempt)
     finally:
         for run, _, attempt in mine: tracker.release(db, study, run_id(run), attempt)
 
+# %% ../nbs/10_sweep.ipynb #b2c0de01
+def opened(
+    study:Study,
+    path:Path, # the database
+    say,       # gets one line an event
+) -> sqlite3.Connection:
+    "A study's database, its runs in it"
+    db, home = tracker.open_db(path), path.parent/study.name
+    tracker.check_whole(db); tracker.check_writable(home)
+    if far := tracker.network_mount(path): say(f'note: {path} lies on {far}: locks over a network are not to be trusted: use a local disk, and one machine at a time')
+    tracker.register(db, study.name, labels(study))
+    if ended := [p for note in (home/'runs').glob('*/attempt-*/process.json') for p in reap(note)]: say(f'{len(ended)} processes left over by a driver that died are ended')
+    return db
+
 # %% ../nbs/10_sweep.ipynb #20da11bc
 def sweep(
     study:Study,
@@ -387,11 +401,7 @@ def sweep(
     "Runs everything in a study that is not settled"
     read_template(how.get('template')); check_kernel(); check_folders(results, study.name) # refuse before anything starts
     path, todo, tried, who = Path(results)/'study.db', labels(study), {}, tracker.owner()
-    db = tracker.open_db(path)
-    tracker.check_whole(db); tracker.check_writable(Path(results)/study.name)
-    if far := tracker.network_mount(path): say(f'note: {path} lies on {far}: locks over a network are not to be trusted: use a local disk, and one machine at a time')
-    tracker.register(db, study.name, todo)
-    if ended := [p for note in (Path(results)/study.name/'runs').glob('*/attempt-*/process.json') for p in reap(note)]: say(f'{len(ended)} processes left over by a driver that died are ended')
+    db = opened(study, path, say)
     ids = {name: run_id(run) for run, name in todo.items()}
     states = lambda: {r['run_id']: r for r in db.execute('select run_id, status, error_kind, attempt from runs where study=?', (study.name,))}
     before, most = {i: r['attempt'] for i, r in states().items()} if before is None else before, most_of(pack)

@@ -95,13 +95,13 @@ def partners(
 
 # %% ../nbs/44_together.ipynb #618858cc
 def room_for(device:str, drivers:int=1) -> tuple: # bytes, cpu or cuda; drivers: that share this machine's memory
-    "Where a pack would train, and what is free there"
+    "Where a pack would train, and what is free there; BadInput where nobody can tell"
     from lora_study.workers import BESIDES, free_bytes
     gpus = warm.called('lora_study.model:cards', device)
     if not gpus: return free_bytes()/drivers - BESIDES, 'cpu'
     ask = ['nvidia-smi', '-i', gpus[0], '--query-gpu=memory.free', '--format=csv,noheader,nounits']
     try: return float(subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0])*2**20, 'cuda'
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError): return 0., 'cuda' # what nobody can tell is not counted on
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError): raise BadInput(f'nvidia-smi does not say how much memory of GPU {gpus[0]} is free') from None
 
 # %% ../nbs/44_together.ipynb #5bc6cb68
 def trained(

@@ -96,7 +96,8 @@ def kernel(argv:list):
     "An ipykernel, in a process that `become` has made"
     from ipykernel.kernelapp import IPKernelApp
     sys.argv, sys.path[0] = ['ipykernel_launcher', *argv], '' # as a started kernel has them
-    try: IPKernelApp.launch_instance(argv=[*argv, f'--IPKernelApp.parent_handle={os.getppid()}', '--IPKernelApp.log_level=CRITICAL']) # an interrupted kernel's own remarks are for nobody
+    quiet = ['--IPKernelApp.log_level=CRITICAL', '--HistoryManager.enabled=False'] # an interrupted kernel's own remarks are for nobody, and its cells no part of a person's history
+    try: IPKernelApp.launch_instance(argv=[*argv, f'--IPKernelApp.parent_handle={os.getppid()}', *quiet])
     finally: os._exit(0)
 
 # %% ../nbs/17_warm.ipynb #8c7717ee
