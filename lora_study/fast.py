@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SITES', 'FLAT', 'Pair', 'pair', 'frozen_weight', 'side_by_side', 'joined', 'Site', 'project', 'unproject', 'Adapted',
-           'not_covered', 'swap', 'scored_logits', 'wide', 'normed', 'unnormed', 'rotate', 'Reading', 'Writing',
-           'with_columns', 'attention_gradients', 'Attention', 'attend', 'Step', 'Block', 'Scored', 'Normed', 'rounded',
-           'flat_batch', 'laid_out', 'scored_tokens', 'Flat', 'not_flat', 'Engine', 'probe_gradients', 'disagreement',
-           'layered', 'find_engine', 'engine_of', 'read_engine', 'in_float64']
+           'not_covered', 'swap', 'scored_logits', 'wide', 'normed', 'unnormed', 'rotate', 'normed_heads',
+           'unnormed_heads', 'Reading', 'Writing', 'with_columns', 'attention_gradients', 'Attention', 'attend', 'Step',
+           'Block', 'Scored', 'Normed', 'rounded', 'flat_batch', 'laid_out', 'scored_tokens', 'Flat', 'not_flat',
+           'Engine', 'probe_gradients', 'disagreement', 'layered', 'find_engine', 'engine_of', 'read_engine',
+           'in_float64']
 
 # %% ../nbs/55_fast.ipynb #51d00dc6
 from copy import copy, deepcopy
@@ -168,7 +169,7 @@ def wide(dtype:torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 # %% ../nbs/55_fast.ipynb #493ae584
-def normed(x:torch.Tensor, w:torch.Tensor, eps:float) -> tuple: # x: (tokens, width); → the norm, 1/root mean square (tokens, 1)
+def normed(x:torch.Tensor, w:torch.Tensor, eps:float) -> tuple: # x: (tokens, …, width); → the norm, 1/root mean square (tokens, …, 1)
     "RMSNorm; a processor takes a few hundred tokens at a time, so that what is widened stays in its cache"
     n, inv = torch.empty_like(x), torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype)).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     for out, part, by in zip(*(t.split(256 if x.device.type == 'cpu' else len(x)) for t in (n, x, inv))): out.copy_(part*by).mul_(w)
@@ -189,6 +190,23 @@ def rotate(heads:torch.Tensor, cos:torch.Tensor, sin:torch.Tensor, back:bool=Fal
     two.mul_(cos).addcmul_(one, sin, value=-1 if back else 1)
     one.copy_(turned)
 
+# %% ../nbs/55_fast.ipynb #d1e2f301
+def normed_heads(block, y:torch.Tensor) -> tuple: # y: (tokens, q|k|v), changed in place; → what `unnormed_heads` needs; nothing where a layer has no such norm
+    "Norms the heads of query and key"
+    if block.head_norm is None: return ()
+    heads = block.turning(y)
+    raw = heads.clone()
+    n, inv = normed(raw, block.head_norm, block.eps)
+    heads.copy_(n)
+    return raw, inv
+
+# %% ../nbs/55_fast.ipynb #d1e2f302
+def unnormed_heads(block, dy:torch.Tensor, kept:tuple): # dy: like y, changed in place; kept: what `normed_heads` gave
+    "The gradient of `normed_heads`"
+    if not kept: return
+    heads, (raw, inv) = block.turning(dy), kept
+    heads.copy_(unnormed(heads.clone(), raw, inv, block.head_norm, torch.zeros_like(raw)))
+
 # %% ../nbs/55_fast.ipynb #153cdd6b
 class Reading(torch.autograd.Function):
     "Norm, then query, key and value with their adapters and positions"
@@ -196,14 +214,17 @@ class Reading(torch.autograd.Function):
     def forward(ctx, x, block, step, *params):
         n, inv = normed(x, block.norms[0], block.eps)
         y, hs = project(block.qkv, n, block.pairs['qkv'], step.spans)
+        raw = normed_heads(block, y)
         rotate(block.turning(y), step.cos, step.sin)
-        ctx.block, ctx.step = block, step
-        ctx.save_for_backward(x, inv, n, *hs)
+        ctx.block, ctx.step, ctx.apart = block, step, len(raw)
+        ctx.save_for_backward(x, inv, n, *raw, *hs)
         return y, x.view_as(x)
     @staticmethod
     def backward(ctx, dy, dx): # both made by this file, and used up
-        (x, inv, n, *hs), block, step, need = ctx.saved_tensors, ctx.block, ctx.step, ctx.needs_input_grad[0]
+        (x, inv, n, *more), block, step, need = ctx.saved_tensors, ctx.block, ctx.step, ctx.needs_input_grad[0]
+        raw, hs = more[:ctx.apart], more[ctx.apart:]
         rotate(block.turning(dy), step.cos, step.sin, back=True)
+        unnormed_heads(block, dy, raw)
         dn, grads = unproject(block.qkv, dy, n, hs, block.pairs['qkv'], step.spans, need)
         return unnormed(dn, x, inv, block.norms[0], dx) if need else None, None, None, *grads
 
@@ -330,8 +351,9 @@ class Block:
         self.pairs = {name: [[pair(l.get_submodule(p)) for p in paths] for l in layers] for name, paths in SITES.items()}
         self.head_dim, self.scale, self.widths = attention.head_dim, attention.scaling, [l.out_features for l in self.qkv.linears]
         self.heads, self.kv_heads = (w//self.head_dim for w in self.widths[:2])
-        norms = layers[0].input_layernorm, layers[0].post_attention_layernorm
+        norms, of_heads = (layers[0].input_layernorm, layers[0].post_attention_layernorm), [getattr(attention, n, None) for n in ('q_norm', 'k_norm')]
         self.norms, self.eps = [n.weight for n in norms], norms[0].variance_epsilon
+        self.head_norm = torch.cat([n.weight.data.expand(k, -1) for n, k in zip(of_heads, (self.heads, self.kv_heads))]) if all(of_heads) else None # (heads that turn, head_dim)
     def only(self, which:list): # → the same layer with some of the runs
         b = copy(self)
         b.pairs = {name: [all_[i] for i in which] for name, all_ in self.pairs.items()}
@@ -456,7 +478,7 @@ class Flat:
         return torch.cat(nats), torch.cat(hits)
 
 # %% ../nbs/55_fast.ipynb #b80100db
-FLAT = ('LlamaForCausalLM', 'MistralForCausalLM', 'Qwen2ForCausalLM') # decoders whose layers are `Block`s
+FLAT = ('LlamaForCausalLM', 'MistralForCausalLM', 'Qwen2ForCausalLM', 'Qwen3ForCausalLM') # decoders whose layers are `Block`s
 
 # %% ../nbs/55_fast.ipynb #c77f865e
 def not_flat(run:Run, model:nn.Module) -> str | None: # None: nothing speaks against `Flat`
@@ -577,6 +599,6 @@ def in_float64(model:nn.Module) -> nn.Module: # a copy; without an engine of its
     model = deepcopy(model).double()
     norm = lambda m, x: m.weight*x*(x.square().mean(-1, keepdim=True) + m.variance_epsilon).rsqrt()
     for m in model.modules():
-        if type(m).__name__ in ('LlamaRMSNorm', 'MistralRMSNorm', 'Qwen2RMSNorm'): m.forward = MethodType(norm, m)
+        if type(m).__name__ in ('LlamaRMSNorm', 'MistralRMSNorm', 'Qwen2RMSNorm', 'Qwen3RMSNorm'): m.forward = MethodType(norm, m)
         elif 'forward' in vars(m) and pair(m): del m.forward
     return model

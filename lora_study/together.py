@@ -24,7 +24,7 @@ SAME = ('model_name_or_path', 'model_revision', 'base_hash', 'task_type', 'dtype
         'gradient_checkpointing')
 
 # %% ../nbs/44_together.ipynb #638b8639
-FLAT_TYPES = ('llama', 'mistral', 'qwen2') # kinds of base that `fast.FLAT` computes
+FLAT_TYPES = ('llama', 'mistral', 'qwen2', 'qwen3') # kinds of base that `fast.FLAT` computes
 
 # %% ../nbs/44_together.ipynb #998013f0
 def why_apart(run:Run) -> str | None: # None: nothing speaks against it

@@ -22,7 +22,7 @@ SHAPE = dict(vocab_size=48, hidden_size=16, num_hidden_layers=4, num_attention_h
 GATED, FC = ['mlp.down_proj', 'mlp.gate_proj', 'mlp.up_proj'], ['mlp.fc1', 'mlp.fc2']
 SEPARATE, BERT = dict(q='self_attn.q_proj', k='self_attn.k_proj', v='self_attn.v_proj', o='self_attn.o_proj'), dict(q='attention.self.query', k='attention.self.key', v='attention.self.value', o='attention.output.dense')
 ZOO = { # architecture → extra configuration, attention by role (qkv: fused), feed-forward, head
-    'llama': ({}, SEPARATE, GATED, 'lm_head'), 'mistral': (dict(sliding_window=None), SEPARATE, GATED, 'lm_head'), 'qwen2': ({}, SEPARATE, GATED, 'lm_head'),
+    'llama': ({}, SEPARATE, GATED, 'lm_head'), 'mistral': (dict(sliding_window=None), SEPARATE, GATED, 'lm_head'), 'qwen2': ({}, SEPARATE, GATED, 'lm_head'), 'qwen3': (dict(head_dim=8), SEPARATE, GATED, 'lm_head'),
     'gemma': (dict(head_dim=8), SEPARATE, GATED, 'lm_head'), 'phi': ({}, SEPARATE | dict(o='self_attn.dense'), FC, 'lm_head'),
     'opt': (dict(ffn_dim=24, word_embed_proj_dim=16), SEPARATE | dict(o='self_attn.out_proj'), ['fc1', 'fc2'], 'lm_head'),
     'gpt2': (dict(n_inner=24), dict(qkv='attn.c_attn', o='attn.c_proj'), ['mlp.c_fc', 'mlp.c_proj'], 'lm_head'),
