@@ -182,7 +182,7 @@ def run_all(
 def run(file:StudyFile, results:Results=Path('results'), set:Override=None, device:Device='auto',
         workers:Annotated[str, typer.Option(help='Runs at a time: a number, or auto: one a GPU, or one a core as far as memory reaches. Costs are measured beside the others then.')]='1',
         pack:Annotated[Optional[str], typer.Option(help='Runs that train together on one base, where engine is auto or fast: a number, or auto: as many as memory holds. Pays on a GPU that one small batch leaves half empty. Each run still has its own notebook and record, and costs measured alone.')]=None,
-        timeout:Annotated[Optional[float], typer.Option(help='Seconds a notebook cell may take.')]=None,
+        timeout:Annotated[Optional[float], typer.Option(help='Seconds a notebook cell may take.', min=1)]=None,
         save_steps:Annotated[int, typer.Option(help='Optimizer steps between checkpoints inside a run; 0: none.', min=0)]=0,
         resume:Annotated[str, typer.Option(help='auto; strict: not where code, packages, data or device changed since the checkpoint; inexact: rather from weights alone than from the start.')]='auto',
         retry_failed:Annotated[bool, typer.Option('--retry-failed', help='Also runs that failed by their own settings: diverged, out of memory, timeout, error. Without it a failure stands.')]=False,

@@ -401,9 +401,9 @@ class Normed(torch.autograd.Function):
         return unnormed(dn.clone(), x, inv, w, torch.zeros_like(x)), None, None
 
 # %% ../nbs/55_fast.ipynb #afcb088a
-def rounded(n:int, dtype:torch.dtype=torch.bfloat16) -> int:
-    "n, or the next of eight sizes an octave; in float32 every size is as good as another"
-    if dtype == torch.float32: return n
+def rounded(n:int, dtype:torch.dtype=torch.bfloat16, device:str='cpu') -> int:
+    "n, or the next of eight sizes an octave; in float32, and on a GPU, every size is as good as another"
+    if dtype == torch.float32 or device != 'cpu': return n
     step = max(8, 2**(n.bit_length() - 4))
     return -(-n//step)*step
 
@@ -425,7 +425,7 @@ def laid_out(body, parts:list) -> tuple: # body: of a decoder; parts: of `flat_b
     "What the layers read"
     device, dtype, lengths, ends = body.embed_tokens.weight.device, body.embed_tokens.weight.dtype, [n for p in parts for n in p[3]], [0]
     for p in parts: ends.append(ends[-1] + len(p[0]))
-    if more := rounded(ends[-1], dtype) - ends[-1]: lengths.append(more); ends[-1] += more
+    if more := rounded(ends[-1], dtype, device.type) - ends[-1]: lengths.append(more); ends[-1] += more
     ids, positions, targets = (F.pad(torch.cat([p[i] for p in parts]), (0, more), value=fill).to(device) for i, fill in enumerate((0, 0, -100)))
     with torch.no_grad(): x = body.embed_tokens(ids)
     cos, sin = (t[0, :, None].chunk(2, -1)[0].contiguous() for t in body.rotary_emb(x[None], positions[None]))
@@ -437,7 +437,7 @@ def scored_tokens(step:Step, targets:torch.Tensor, dtype:torch.dtype) -> tuple: 
     "Where a label is"
     at = (targets != -100).nonzero()[:, 0]
     edges = [0, *torch.searchsorted(at, torch.tensor([s.stop for s in step.spans], device=at.device)).tolist()]
-    own, more = [slice(*e) for e in zip(edges, edges[1:])], rounded(len(at), dtype) - len(at)
+    own, more = [slice(*e) for e in zip(edges, edges[1:])], rounded(len(at), dtype, at.device.type) - len(at)
     return F.pad(at, (0, more), value=len(targets) - 1), [*own[:-1], slice(edges[-2], edges[-1] + more)], own
 
 # %% ../nbs/55_fast.ipynb #0be0fbdc

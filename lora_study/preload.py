@@ -109,7 +109,8 @@ def scores_file(
 ) -> Path | None: # None: not to be shared
     "Where the base's scores are"
     if folder is None or run.task_type != 'CAUSAL_LM': return None # an untrained head is drawn by each run's seed
-    return Path(folder)/f"base-{hashlib.sha256(repr((key(run, SCORED), str(device), torch.get_num_threads(), torch.__version__, tracker.code_digest())).encode()).hexdigest()[:16]}.json"
+    where = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device}, {torch.get_num_threads()} threads'
+    return Path(folder)/f'base-{hashlib.sha256(repr((key(run, SCORED), where, tracker.versions(), tracker.code_digest())).encode()).hexdigest()[:16]}.json'
 
 # %% ../nbs/57_preload.ipynb #34898103
 def scored_base(

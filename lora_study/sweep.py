@@ -30,7 +30,7 @@ from .guards import check_folders, cleaned, within
 from .pages import opened_with, point_page
 from .processes import ADVICE, Watch, can_be_asked, circumstances, ending, reap, watched
 from .together import alike, announced, most_of, partners, room_for, train_together, trained, why_apart
-from .warm import AROUND, warmed
+from .warm import AROUND, short_folder, warmed
 
 # %% ../nbs/10_sweep.ipynb #0416f06a
 HOW = {'work_dir', 'checkpoint_dir', 'shared_dir', 'device', 'save_steps', 'resume', 'micro_batch', 'diagnostics'} # parameters that are not part of a Run
@@ -79,7 +79,7 @@ def mark_failure(nb:nbformat.NotebookNode) -> str: # the cell it happened in
 def kernel_manager(kernel_name:str, ready:dict|None=None) -> AsyncKernelManager: # ready: the point's parameters
     "A manager whose kernel listens on socket files where the system has them"
     km = warmed(AsyncKernelManager(kernel_name=kernel_name, client_factory=PromptClient), ready)
-    if os.name == 'posix': km.transport, km.ip = 'ipc', str(Path(tempfile.mkdtemp(prefix='lora-'))/'k')
+    if os.name == 'posix': km.transport, km.ip = 'ipc', str(Path(short_folder())/'k')
     return km
 
 # %% ../nbs/10_sweep.ipynb #34d133d3

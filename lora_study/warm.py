@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIRST', 'FIRST_WITHOUT_GPU', 'THEN', 'THEN_WITHOUT_GPU', 'THREADS', 'READING', 'PATIENCE', 'GRACE', 'AROUND',
            'PARENT', 'DOOR', 'quietly', 'beside_gpu', 'import_first', 'import_one', 'become', 'kernel', 'make_ready',
-           'heed', 'chores', 'fork_one', 'report_dead', 'greet', 'serve', 'Forked', 'Parent', 'Guest',
+           'heed', 'chores', 'fork_one', 'report_dead', 'greet', 'serve', 'short_folder', 'Forked', 'Parent', 'Guest',
            'WarmProvisioner', 'parent', 'let_go', 'shared', 'warmed', 'forked', 'answer', 'called']
 
 # %% ../nbs/17_warm.ipynb #fd7b8568
@@ -211,6 +211,12 @@ GRACE = 10. # seconds a parent has to end what it started
 AROUND = dict(HF_HUB_DISABLE_PROGRESS_BARS='1', HF_DATASETS_DISABLE_PROGRESS_BARS='1', TRANSFORMERS_VERBOSITY='error', TOKENIZERS_PARALLELISM='false',
               THP_MEM_ALLOC_ENABLE='1') # environment of kernels, unless a person has it otherwise; the last: large tensors in large pages, so that memory given back and taken anew costs a tenth of a step less
 
+# %% ../nbs/17_warm.ipynb #e1a2b301
+def short_folder() -> str:
+    "A new folder for socket files, whose whole paths may have 107 characters on Linux and 103 on a Mac"
+    usual = tempfile.gettempdir()
+    return tempfile.mkdtemp(prefix='lora-', dir=usual if len(os.fsencode(usual)) <= 80 else '/tmp')
+
 # %% ../nbs/17_warm.ipynb #b7343b8b
 class Forked:
     "A process started by the parent; stands where `subprocess.Popen` would"
@@ -240,7 +246,7 @@ class Parent:
     def __init__(self, names=()): # of modules, see `import_first`
         self.requests, theirs = socket.socketpair()
         self.requests.settimeout(PATIENCE)
-        self.door = os.path.join(tempfile.mkdtemp(prefix='lora-'), 'w') # in a folder of this person's alone
+        self.door = os.path.join(short_folder(), 'w') # in a folder of this person's alone
         with theirs, socket.socket(socket.AF_UNIX) as door:
             door.bind(self.door); door.listen()
             self.process = subprocess.Popen([sys.executable, '-m', 'lora_study.warm', str(theirs.fileno()), str(door.fileno()), *names], pass_fds=[theirs.fileno(), door.fileno()], env=AROUND | os.environ, stdin=subprocess.DEVNULL, start_new_session=True)
