@@ -34,7 +34,7 @@ site: setup
 
 # run every library notebook and keep its outputs
 notebooks: setup
-	$(PY) -m lora_study.pages --run nbs/[01234]*.ipynb nbs/5[1-9]*.ipynb nbs/index.ipynb
+	$(PY) -m lora_study.pages --run nbs/[01234]*.ipynb nbs/5[1-9]*.ipynb nbs/70*.ipynb nbs/index.ipynb
 	.venv/bin/nbdev_clean
 
 # pretrain the embedded base anew: about half an hour on two cores

@@ -194,17 +194,19 @@ def alpha_learning_rate(e:Evidence, up:str='../') -> Answer:
     other = compared(e, alphas, 'alphas', up) if alphas else Answer('', '')
     both = lambda part: (*getattr(a, part), *getattr(other, part))
     notes = (o.note[0].upper() + o.note[1:] + '.',) if o.valid and o.note else ()
-    out = replace(a, sentence=f'{optimum_words(o, len(tried))}.', also=(a.sentence, *a.also, *notes, *((f'Alpha: {other.sentence}', *other.also) if alphas else ())), tables=both('tables'), figures=(figures.rate_lines(rates[0].part.runs), *both('figures')), caveats=tuple(dict.fromkeys(both('caveats'))), missing=(*both('missing'), *more))
+    out = replace(a, sentence=f'{optimum_words(o, sorted(tried))}.', also=(a.sentence, *a.also, *notes, *((f'Alpha: {other.sentence}', *other.also) if alphas else ())), tables=both('tables'), figures=(figures.rate_lines(rates[0].part.runs), *both('figures')), caveats=tuple(dict.fromkeys(both('caveats'))), missing=(*both('missing'), *more))
     if o.valid: return out
     further = near(min(tried), (.1, .3)) if o.grid_rate == min(tried) else near(max(tried), (3, 10)) if o.grid_rate else near(min(tried), (.03, .1, .3))
     return replace(out, verdict='invalid', missing=(('Rates beyond the edge of the grid.', shell(e, 'further', [arguments(rates[0].part, list(rates[0].part)[0]) | dict(learning_rate=r) for r in further], seeds_of(e))), *out.missing))
 
 # %% ../nbs/40_answers.ipynb #51411ad8
-def optimum_words(o, tried:int) -> str: # an Optimum; how many rates were tried
+def optimum_words(o, tried:list) -> str: # an Optimum; the rates, rising
     "A learning rate's optimum, or why there is none"
     if not o.valid: return f'No best learning rate can be given ({o.note})'
-    interval = f'{o.level:.0%} interval {o.low:.2g} to {o.high:.2g}; ' if o.low is not None else ''
-    return f'The best learning rate lies at {o.rate:.2g} ({interval}{tried} tried; n = {o.n} seed{"s" if o.n != 1 else ""})'
+    count, at = f'{len(tried)} tried; n = {o.n} seed{"s" if o.n != 1 else ""}', tried.index(o.grid_rate)
+    if o.rate == o.grid_rate: return f'The best learning rate tried is {o.rate:.2g}' + (f'; the best there is lies between {o.low:.2g} and {o.high:.2g}' if o.low is not None else '') + f' ({count})'
+    interval = f'{o.level:.0%} interval over seeds {o.low:.2g} to {o.high:.2g}; ' if o.low is not None else ''
+    return f'The best learning rate lies at {o.rate:.2g} by the parabola through {tried[at-1]:g}, {o.grid_rate:g} and {tried[at+1]:g} ({interval}{count})'
 
 # %% ../nbs/40_answers.ipynb #5549eb87
 def layers_placement(e:Evidence, up:str='../') -> Answer:

@@ -6,9 +6,9 @@
 __all__ = ['Count', 'Positive', 'Fraction', 'NotNegative', 'Seed', 'Layers', 'HASHES', 'EMBEDDED', 'HUB_ID', 'CONTENT', 'NAME',
            'Name', 'STUDY_KEYS', 'VALUES', 'BadInput', 'Run', 'unused', 'canonical', 'run_id', 'local_path',
            'fingerprint', 'world_digest', 'content_hash', 'data_path', 'data_digest', 'sealed', 'check_name', 'Study',
-           'combinations', 'first_problem', 'Point', 'check_arguments', 'resolved', 'expand', 'wrong_for_head',
-           'check_together', 'check_value', 'label', 'varied', 'Loader', 'line_of', 'count_values', 'checked_yaml',
-           'read_yaml', 'asked_claims', 'check_version', 'read_study', 'template_file']
+           'combinations', 'first_problem', 'check_alpha', 'Point', 'check_arguments', 'resolved', 'expand',
+           'wrong_for_head', 'check_together', 'check_value', 'label', 'varied', 'Loader', 'line_of', 'count_values',
+           'checked_yaml', 'read_yaml', 'asked_claims', 'check_version', 'read_study', 'template_file']
 
 # %% ../nbs/00_config.ipynb #45b22ad4
 import difflib, hashlib, itertools, json, math, os, re
@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from . import __version__, world
 from .catalogue import CATALOGUE, FORMATS
 
@@ -258,10 +258,16 @@ def first_problem(
     said = e['msg'].removeprefix('Value error, ')
     return field, f"{field} = {got if len(got) < 200 else got[:200] + '…'}: {said[0].lower() + said[1:]}"
 
+# %% ../nbs/00_config.ipynb #2efa0fe4
+def check_alpha(value):
+    "A scale as a study file may put it; text is a multiple of the rank"
+    if isinstance(value, str) and not re.fullmatch(r'(\d+(\.\d+)?)?r', value): raise ValueError('expected a number, or a multiple of the rank such as r or 2r')
+    return value
+
 # %% ../nbs/00_config.ipynb #2efa0fe5
 class Point(Run):
     "A run as a study file may put it"
-    lora_alpha: Positive | Annotated[str, Field(pattern=r'^(\d+(\.\d+)?)?r$')] = 16 # `r`, `2r`: a multiple of the rank
+    lora_alpha: Annotated[Positive | str, BeforeValidator(check_alpha)] = 16 # `r`, `2r`: a multiple of the rank
     lora_budget: Count | None = None # trainable parameters; the rank is chosen for each placement
 
 # %% ../nbs/00_config.ipynb #19ed9c5f
@@ -333,6 +339,7 @@ def check_together(run:Run):
              f'{moved} with {low}, which has rounded the weights it changes: use true or gaussian': moved and low,
              f'use_dora: true with {moved}, whose base is no longer the one the magnitudes belong to: use true or gaussian': dora and moved,
              'use_dora: true with load_in_8bit, whose scales PEFT loses: use load_in_4bit': dora and run.load_in_8bit,
+             f"engine = 'fast' with {'use_dora: true' if run.use_peft else 'use_peft: false'}, which only PEFT's own step computes: use auto or peft": run.engine == 'fast' and (dora or not run.use_peft),
              "lr_scheduler_type = 'inverse_sqrt' counts in warm-up steps, and there are none: give warmup_steps": run.lr_scheduler_type == 'inverse_sqrt' and not run.warmup_steps,
              "lr_scheduler_type = 'constant' has no warm-up, and warmup_steps is given: use constant_with_warmup": run.lr_scheduler_type == 'constant' and run.warmup_steps}
     for line, wrong in rules.items():
@@ -456,10 +463,13 @@ def read_study(
         shared = {k: v for k, v in data.items() if k not in STUDY_KEYS}
         try: study = Study(**{k: v for k, v in data.items() if k in STUDY_KEYS}, shared=shared)
         except ValidationError as e: raise BadInput(first_problem(e)[1]) from None
+        if both := overrides.keys() & {*study.axes, *(k for g in study.paired for k in g)}: k = min(both); raise BadInput(f"{k}: the study varies it: expected an argument it does not vary: change its values in the file, or give all axes by --set 'axes={{{k}: […]}}'")
         expand(study)
         return study
     except BadInput as e:
-        line = line_of(path.read_text(encoding='utf-8'), re.split(r'[ :]', str(e))[0])
+        field = re.split(r'[ :]', str(e))[0]
+        if re.split(r'[.\[]', field)[0] in overrides: raise BadInput(f'--set {e}') from None
+        line = line_of(path.read_text(encoding='utf-8'), field)
         raise BadInput(f"{path}{f':{line}' if line else ''}: {e}") from None
 
 # %% ../nbs/00_config.ipynb #f0694443

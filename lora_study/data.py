@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from textwrap import shorten
 import pandas as pd
 import torch
 from . import world
@@ -176,7 +177,7 @@ def read_hub(run:Run) -> dict: # split → rows as read
     try: got = datasets.load_dataset(known.hub, run.dataset_config or known.config, revision=revision)
     except Exception as e:
         how = 'name a local copy as dataset_path' if run.dataset_name in CATALOGUE else 'save it first with `lora-study prepare-data` and name the file'
-        raise BadInput(f'dataset_name = {run.dataset_name!r}: the hub gave {type(e).__name__}: {str(e).splitlines()[0][:160]}: go online, or {how}') from None
+        raise BadInput(f'dataset_name = {run.dataset_name!r}: the hub gave {type(e).__name__}: {shorten(str(e).splitlines()[0], 160, placeholder=" …")}: go online, or {how}') from None
     return {s: got[n].to_list() for s, n in split_names(got, known).items()}
 
 # %% ../nbs/01_data.ipynb #e5d1b7a0
@@ -228,7 +229,7 @@ def load_splits(
     need = tuple(s for s in ('validation', 'test') if s not in parts)
     parts |= cut(parts['train'], run.split_seed, need)
     for s, rows in parts.items():
-        if not rows: raise BadInput(f"{name}: the {s} split has no rows: use a larger dataset, or give a {s} file")
+        if not rows: raise BadInput(f"{name}: the {s} split has no rows ({', '.join(f'{len(mine)} {its}' for its, mine in parts.items())}): use a larger dataset, or give a {s} file")
     parts = with_labels(parts | dict(test=with_references(parts['test'])), name)
     shared = len({r['prompt'] or r['completion'] for r in parts['train']} & {r['prompt'] or r['completion'] for r in parts['test']})
     left = [f'{s} {i}' for s, (_, rows) in read.items() for i in rows]

@@ -158,7 +158,7 @@ def database(p:Patient):
 @check
 def load(p:Patient):
     "What else this machine is doing"
-    from lora_study.workers import usable_cores
+    from lora_study.machine import usable_cores
     busy, cores = os.getloadavg()[0], usable_cores()
     return ('warn', f'load {busy:.1f} on {cores} cores: times measured now are not to be trusted', 'wait until the machine is idle') if busy > .75*cores else ('ok', f'load {busy:.1f} on {cores} cores', '')
 
@@ -188,7 +188,7 @@ def memory(p:Patient):
     "Whether the largest run fits what is free"
     if p.study is None: return None
     from lora_study.forecast import amount_of, forecast, present, totals
-    from lora_study.workers import free_bytes
+    from lora_study.machine import free_bytes
     where = ("this machine's memory", free_bytes(), 'cpu') if p.device == 'cpu' else present()
     room = free_bytes() if where[2] == 'cpu' else where[1]
     need = totals(forecast(p.study, None, where))['peak']

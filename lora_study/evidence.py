@@ -154,17 +154,21 @@ def best(e:Evidence, metric:str='test_nll', among=None) -> str: # a setting's na
     return min(e.settings if among is None else among, key=rank)
 
 # %% ../nbs/29_evidence.ipynb #2abb4cb6
-def base_value(e:Evidence, metric:str='test_nll') -> float|None:
-    "The untouched base's score, the same in every run; None where it was not read"
-    name = metric.replace('test_', 'base_')
-    seen = e.runs[name].dropna() if name in e.runs else ()
+def base_value(
+    e:Evidence, metric:str='test_nll',
+    setting:str|None=None, # the base under this one, where settings load it differently; None: of all runs
+) -> float|None:
+    "The untouched base's score; None where it was not read"
+    name, runs = metric.replace('test_', 'base_'), e.runs if setting is None else e.settings[setting]
+    seen = runs[name].dropna() if name in runs else ()
     return float(np.median(seen)) if len(seen) and name != metric else None
 
 # %% ../nbs/29_evidence.ipynb #c97f57dd
 def gain(e:Evidence, metric:str='test_nll') -> float|None: # positive when fine-tuning helped
-    "What the best setting gains over the base"
-    base, top = base_value(e, metric), values(e, best(e, metric), metric).mean()
-    return None if base is None or top != top else float(top - base)*(1 if higher_is_better(metric) else -1)
+    "What the best setting gains over its base"
+    top = best(e, metric)
+    base, reached = base_value(e, metric, top), values(e, top, metric).mean()
+    return None if base is None or reached != reached else float(reached - base)*(1 if higher_is_better(metric) else -1)
 
 # %% ../nbs/29_evidence.ipynb #fdff89b6
 def delta(e:Evidence, metric:str='test_nll') -> float|None: # in the metric's unit; None: nothing was gained, or the base was not read

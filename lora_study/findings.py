@@ -22,6 +22,7 @@ from .config import HASHES, BadInput, Run, unused
 from .evidence import SEEDS, Evidence, best, contrasts, delta, gather, mean, notebooks, shown, values
 from .report import amount, as_text, md_table, peak_column, where_it_ran
 from .stats import Estimate, wilson
+from .tables import busy
 from .verdicts import MIN_SEEDS, Verdict, best_learning_rate, compare
 
 # %% ../nbs/30_findings.ipynb #29c4994c
@@ -334,6 +335,7 @@ def limits(e:Evidence, s:Slice, reference:str, metric:str='test_nll') -> tuple: 
     δ = delta(e, metric)
     if δ is None: out.append('Nothing is called equivalent: without a gain over the base, or the base\'s own score, there is no scale for what matters.')
     else: out.append(f'A difference below δ = {δ:.3g} does not matter here: ' + ('the margin the study gave.' if metric == 'test_nll' and e.margin is not None else '2 % of what the best setting gains over the untouched base.'))
+    out += busy(runs)
     if reference == best(s.part, metric): out.append('The level the others are compared with was chosen on the same test rows, which flatters its lead: fresh seeds would tell by how much.')
     return tuple(out)
 

@@ -11,9 +11,9 @@ __all__ = ['COUNTERS', 'DATA', 'PRECISIONS', 'GIVES_UP', 'present', 'finished', 
 import math, shutil, subprocess
 from datetime import datetime
 from itertools import product
-import psutil
 from statistics import median
 from .config import Run, Study, canonical, expand, run_id, varied
+from .machine import all_bytes
 from .memory import PARTS, at_peak, predicted, step_of, verdict
 from .shapes import Shape, shape_of, trainable
 
@@ -24,7 +24,7 @@ def present() -> tuple: # name, bytes, cuda or cpu
         try: said = subprocess.run([tool, '--query-gpu=name,memory.total', '--format=csv,noheader,nounits'], capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
         except (OSError, subprocess.SubprocessError): said = []
         if said: name, _, mib = said[0].rpartition(','); return name.strip(), int(float(mib)*2**20), 'cuda'
-    return "this machine's memory", psutil.virtual_memory().total, 'cpu'
+    return "this machine's memory", all_bytes(), 'cpu'
 
 # %% ../nbs/41_forecast.ipynb #11c8b659
 COUNTERS = dict(probe_peak_allocated_bytes='predicted_tensors_bytes', probe_peak_reserved_bytes='predicted_reserved_bytes', probe_peak_rss_bytes='predicted_peak_expected_bytes') # measured → predicted

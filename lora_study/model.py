@@ -24,7 +24,9 @@ def pick_device(device:str='auto') -> torch.device:
     "The device a run uses"
     if device == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
     try: torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e: raise BadInput(f'device = {device!r}: {str(e).splitlines()[0][:120]}: use auto or cpu') from None
+    except (RuntimeError, AssertionError) as e:
+        why = 'no kind of device' if 'device string' in str(e) else str(e).splitlines()[0][:120]
+        raise BadInput(f'device = {device!r}: {why}: use auto or cpu') from None
     return torch.device(device)
 
 # %% ../nbs/02_model.ipynb #97ace63a

@@ -10,11 +10,12 @@ __all__ = ['DATA', 'BASE', 'KEPT', 'ROOM', 'SPENT', 'SCORED', 'key', 'taken', 'p
 import hashlib, json, os, time
 from contextlib import contextmanager
 from pathlib import Path
-import psutil, torch
+import torch
 from . import tracker
 from .classify import encoded
 from .config import Run, run_id
 from .data import encode_text, load_splits, load_text
+from .machine import free_bytes
 from .model import load_base, load_tokenizer, source
 
 # %% ../nbs/57_preload.ipynb #aa89b841
@@ -66,7 +67,7 @@ def keepable(run:Run) -> bool:
 def fits(run:Run) -> bool:
     "Whether a base's files are small beside the memory that is free"
     folder = Path(source(run)[0])
-    return folder.is_dir() and 4*sum(f.stat().st_size for f in folder.glob('*.safetensors')) < psutil.virtual_memory().available
+    return folder.is_dir() and 4*sum(f.stat().st_size for f in folder.glob('*.safetensors')) < free_bytes()
 
 # %% ../nbs/57_preload.ipynb #d89d0f1c
 @contextmanager

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'SECOND', 'slices', 'questions', 'listed', 'decided', 'picture', 'finding_figures', 'cost_figures',
-           'finding', 'summary', 'counts', 'failures', 'limits', 'mixed', 'said', 'licence', 'materials', 'protocol',
-           'machine', 'study_yaml', 'study_of', 'reading', 'methods', 'comparable', 'part', 'beside',
-           'recommendation_section', 'moves', 'moved_rows', 'moved_section', 'report_of', 'figures', 'write_pages',
-           'listed_as', 'check_nothing_lost', 'write_report', 'written', 'write_joint']
+           'finding', 'summary', 'counts', 'failures', 'hollow', 'chance_level', 'warned', 'limits', 'mixed', 'said',
+           'licence', 'materials', 'protocol', 'machine', 'study_yaml', 'study_of', 'given_when', 'reading', 'methods',
+           'comparable', 'part', 'beside', 'recommendation_section', 'moves', 'moved_rows', 'moved_section',
+           'report_of', 'figures', 'write_pages', 'listed_as', 'check_nothing_lost', 'write_report', 'written',
+           'write_joint']
 
 # %% ../nbs/14_report.ipynb #abb80b7f
 import io, json, math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 import pandas as pd
@@ -22,7 +24,7 @@ from .document import Bullets, Code, Document, Figure, Row, Section, Span, Table
 from .evidence import Evidence
 from .pages import reopened, report_page
 from .processes import ADVICE
-from .tables import LABELS, SHOWN, Place, amount, cost_rows, cost_table, first_run, md_table, mean_cell, measured, peak_column, portable, primary, quality_rows, quality_table, ranged, run_rows, settings_table, spread, verdict_rows, where_it_ran
+from .tables import LABELS, SHOWN, Place, amount, busy, cost_rows, cost_table, first_run, md_table, mean_cell, measured, peak_column, portable, primary, quality_rows, quality_table, ranged, run_rows, settings_table, spread, verdict_rows, where_it_ran
 from .verdicts import MIN_SEEDS
 
 # %% ../nbs/14_report.ipynb #c102cd65
@@ -116,7 +118,7 @@ def finding(e:Evidence, place:Place, title:str, factors:list, among:list, verdic
 def summary(e:Evidence, place:Place, verdicts:list) -> tuple: # content
     "The best setting against the base, what ties with it, what is open"
     metric = primary(e); top, unit = evidence.best(e, metric), ' nats a token' if metric == 'test_nll' else ''
-    best, base, δ = evidence.mean(e, top, metric), evidence.base_value(e, metric), evidence.delta(e, metric)
+    best, base, δ = evidence.mean(e, top, metric), evidence.base_value(e, metric, top), evidence.delta(e, metric)
     seeds = [len(g) for g in e.settings.values()]
     name = 'the only setting' if len(e) == 1 else top
     lead = (Span(name[0].upper() + name[1:] if name == 'the only setting' else name, place.setting(e, top), strong=True), Span(f' {"reaches a" if len(e) == 1 else "has the highest" if evidence.higher_is_better(metric) else "has the lowest"} {plots.NAMES.get(metric, SHOWN[metric]).partition(" (")[0]}: ', strong=True), Span(amount(best.estimate, metric), first_run(e, top), strong=True),
@@ -141,6 +143,35 @@ def failures(df:pd.DataFrame, place:Place) -> list: # of Section; none where not
                  Span('notebook', to) if not (to := place.notebook(r)).startswith('#') else 'none was left')) for r in df[df.status == 'failed'].to_dict('records')]
     return [Section('What failed', (Table('Runs that failed; `lora-study run --retry-failed` tries them again.', ('run', 'label', 'kind', 'message', 'what to do', 'evidence'), tuple(rows)),))] if rows else []
 
+# %% ../nbs/14_report.ipynb #bd9db020
+def hollow(e:Evidence) -> list: # of str
+    "Numbers that say less than they seem to"
+    metric, r, out = primary(e), e.runs, []
+    δ, least = evidence.delta(e, metric), evidence.values(e, evidence.best(e, metric), metric).mean()
+    if metric == 'test_nll' and δ and δ > least: out.append(f'δ, {δ:.3g}, is more than the whole loss of the best setting, {least:.3g}: losses that differ severalfold can be called equivalent. A margin in the study file would say what matters.')
+    made, cut = (r[f'test_n_{what}'].sum() if f'test_n_{what}' in r else 0 for what in ('generated', 'cut_off'))
+    if made and cut/made >= .1: out.append(f'{cut:,.0f} of {made:,.0f} generated answers were cut off at max_new_tokens = {" or ".join(sorted(evidence.shown(v) for v in set(r.max_new_tokens)))}: exact match and other scores of answers say little.')
+    return out
+
+# %% ../nbs/14_report.ipynb #bd9db021
+def chance_level(e:Evidence) -> list: # a sentence, or none
+    "Whether labels are told apart at all"
+    if 'test_accuracy' not in e.runs or e.runs.test_accuracy.isna().all(): return []
+    first = e.runs[e.runs.test_accuracy.notna()].iloc[0]
+    labels = tracker.example_scores(e.db, first.study, first.run_id).get('label', pd.Series(dtype=str)).dropna()
+    if not len(labels): return []
+    n, share, most = len(labels), labels.value_counts(normalize=True).max(), max(evidence.values(e, name, 'test_accuracy').mean() for name in e)
+    if most > share + 2*math.sqrt(share*(1 - share)/n): return []
+    return [f'No setting labels rows better than one label for all of them would: {most:.3f} at best, against {share:.3f} for the commonest label ({n:,} rows).' + (' Differences in NLL are then differences in the rest of an answer, its end included.' if 'test_n_tokens' in e.runs else '')]
+
+# %% ../nbs/14_report.ipynb #bd9db022
+def warned(e:Evidence, most:int=6) -> list: # of str
+    "What runs themselves warned of"
+    wanted = set(zip(e.runs.study, e.runs.run_id))
+    kinds = Counter(w for row in e.db.execute('select study, run_id, warnings from runs') if (row['study'], row['run_id']) in wanted for w in json.loads(row['warnings'] or '[]'))
+    lines = [f'{portable(w[0].upper() + w[1:])} ({k} of {len(wanted)} runs).' for w, k in kinds.most_common(most)]
+    return lines + ([f'{len(kinds) - most} further kinds of warning stand in the records.'] if len(kinds) > most else [])
+
 # %% ../nbs/14_report.ipynb #bd9db023
 def limits(e:Evidence) -> list: # of str
     "Why not to trust it further"
@@ -151,7 +182,7 @@ def limits(e:Evidence) -> list: # of str
     if len(e) > 1: out.append('The best setting was chosen and scored on the same test rows, so its own number flatters it a little.')
     out.append(f'One base ({portable(one("model_name_or_path"))}), one dataset ({portable(one("dataset_name"))}), one split: nothing here is known of others.')
     if 'micro_batch' in r and (split := r.micro_batch.notna().sum()): out.append(f'{split} runs were out of memory as asked and were made with fewer rows at a time: the same steps on the same examples, but their memory and times are not those of their setting.')
-    if 'load_average' in r and (busy := (r.load_average > r.threads).sum()): out.append(f'{busy} of {len(r)} runs began while the machine had more to do than the run itself (load average above its threads): read their times with care.')
+    out += [*hollow(e), *chance_level(e), *warned(e), *busy(r)]
     if mixed(r): out.append(f'The runs differ in {", ".join(mixed(r))}: compare their costs with care.')
     if 'code_dirty' in r and r.code_dirty.eq(True).any(): out.append(f'{r.code_dirty.eq(True).sum()} runs were made by code with uncommitted changes.')
     if (gone := (r.status != 'done').sum()): out.append(f'{gone} runs diverged: they count as the worst in verdicts and are left out of means.')
@@ -215,17 +246,24 @@ def study_of(df:pd.DataFrame) -> Study:
     native = lambda v: None if isinstance(v, float) and v != v else v.item() if hasattr(v, 'item') else v
     return Study(name=df.study.iloc[0], shared={k: native(v) for k, v in shared.items() if native(v) is not None}, paired=[{f: [native(v[f]) for v, _ in rows] for f in factors}] if factors else [], seeds=sorted({int(s) for s in df.seed}))
 
+# %% ../nbs/14_report.ipynb #6047ae31
+def given_when(e:Evidence) -> str:
+    "Whether a study's margin was there before its results"
+    stated = e.runs.study_margin if 'study_margin' in e.runs else pd.Series(None, e.runs.index, dtype=object)
+    if stated.eq(e.margin).all(): return 'stated by the study before it was run'
+    return 'given by the study file' + ('; its runs do not record that it was there before them' if stated.isna().all() else f' after {stated.ne(e.margin).sum()} of its {len(stated)} runs were made')
+
 # %% ../nbs/14_report.ipynb #6047ae32
 def reading(e:Evidence, place:Place) -> list: # of content
     "How the numbers are made, in a few lines"
     lib = lambda text, name: Span(text, place.library(name))
     metric = primary(e); δ, unit = evidence.delta(e, metric), ' nats a token' if metric == 'test_nll' else ''
     g = evidence.gain(e, metric)
-    why = 'none: nothing was gained over the base, or the base was not read, so equivalence is not asked' if δ is None else f'±{δ:.3g}{unit}, ' + ('stated by the study before it was run' if e.margin is not None and metric == 'test_nll' else f'2 % of the {g:.3g} that the best setting gains over the base')
+    why = 'none: nothing was gained over the base, or the base was not read, so equivalence is not asked' if δ is None else f'±{δ:.3g}{unit}, ' + (given_when(e) if e.margin is not None and metric == 'test_nll' else f'2 % of the {g:.3g} that the best setting gains over the base')
     return [("Intervals of a mean are Student's with fewer than 10 seeds and BCa bootstraps with more (", lib('stats', '11_stats'), '). They cover seeds; those of differences cover seeds and test examples.'),
             ('Two settings are compared seed by seed and example by example; p-values are held together by Holm within a table. Better and worse need p ≤ 0.05, a difference of δ or more and at least ', f'{MIN_SEEDS} seeds; equivalent needs two one-sided tests within ±δ; everything else is undecided (', lib('verdicts', '28_verdicts'), ').'),
             ('δ, the smallest difference that matters: ', why, '.'),
-            ('NLL is in nats a completion token (with a classifying head, nats an example) on held-out rows, exact match the share of greedily generated answers equal to the reference (', lib('evaluation', '05_evaluation'), ').'),
+            ('NLL is in nats a completion token (with a classifying head, nats an example) on the test rows, exact match the share of greedily generated answers equal to the reference (', lib('evaluation', '05_evaluation'), ').'),
             ('A step, tokens a second and peak memory come from a probe before training: warm steps on the longest batch, with nothing else in the process; training time holds no evaluation (', lib('profiler', '04_profiler'), ').'),
             ('Settings, means and verdicts are read from the tracker in one place (', lib('evidence', '29_evidence'), ').')]
 

@@ -33,7 +33,7 @@ from .together import alike, announced, most_of, partners, room_for, train_toget
 from .warm import AROUND, short_folder, warmed
 
 # %% ../nbs/10_sweep.ipynb #0416f06a
-HOW = {'work_dir', 'checkpoint_dir', 'shared_dir', 'device', 'save_steps', 'resume', 'micro_batch', 'diagnostics'} # parameters that are not part of a Run
+HOW = {'work_dir', 'checkpoint_dir', 'shared_dir', 'device', 'save_steps', 'resume', 'micro_batch', 'diagnostics', 'margin'} # parameters that are not part of a Run
 
 # %% ../nbs/10_sweep.ipynb #c8be4362
 def read_template(path=None) -> nbformat.NotebookNode: # None: the packaged one
@@ -206,6 +206,7 @@ def run_point(
     resume:str='auto',       # from `train.RESUME`
     micro_batch:int|None=None, # rows at a time, where the machine holds fewer than per_device_train_batch_size
     diagnostics:bool=True,   # of the study
+    margin:float|None=None,  # of the study, for the record: what was stated before it was run
     template=None,           # in place of the packaged one
 ) -> tuple: # the record, the folder it is in
     "Executes one run, or takes up an attempt that had finished unnoticed"
@@ -216,7 +217,7 @@ def run_point(
     can_be_asked(home/'checkpoints', False) # a request to stop was made of an earlier attempt
     nb, folder = read_template(template), home/f'attempt-{attempt}'
     nb.cells[0].source = f'---\ntitle: {name}\n---'
-    how = dict(work_dir=str(folder), checkpoint_dir=str(home/'checkpoints'), shared_dir=str(home.parent.parent/'base'), device=device, save_steps=save_steps, resume=resume) | (dict(micro_batch=micro_batch) if micro_batch else {}) | ({} if diagnostics else dict(diagnostics=False))
+    how = dict(work_dir=str(folder), checkpoint_dir=str(home/'checkpoints'), shared_dir=str(home.parent.parent/'base'), device=device, save_steps=save_steps, resume=resume) | (dict(micro_batch=micro_batch) if micro_batch else {}) | ({} if diagnostics else dict(diagnostics=False)) | (dict(margin=margin) if margin else {})
     execute(nb, folder/'point.ipynb', run.model_dump(exclude_unset=True) | how, timeout)
     if rec := finished(folder, run_id(run)): return rec, folder
     raise BadInput(f'{folder}: the notebook ran to its end and left no valid record of run {run_id(run)}')
@@ -306,7 +307,7 @@ def attempt_run(db, path, study:Study, run:Run, name:str, attempt:int, results, 
     rid, start = run_id(run), time.perf_counter()
     try:
         with kept_alive(path, study.name, [(run, name, attempt)]):
-            rec, folder = run_point(run, name, study.name, results, attempt, diagnostics=study.diagnostics, **how)
+            rec, folder = run_point(run, name, study.name, results, attempt, diagnostics=study.diagnostics, margin=study.margin, **how)
             if not tracker.renew(db, study.name, rid, attempt): say(f'{name}: taken over by another driver meanwhile'); return True
             tracker.finish(db, study.name, rec, attempt, publish(folder, rec, results, study.name, name, varied(study)))
     except (KeyboardInterrupt, SystemExit): tracker.release(db, study.name, rid, attempt); raise

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['QUALITY', 'LABELS', 'COSTS', 'SHOWN', 'BASE_DEPENDS', 'SHARES', 'md_table', 'amount', 'spread', 'quality_table',
            'cost_table', 'peak_column', 'setting_cells', 'settings_table', 'where_it_ran', 'Place', 'portable',
-           'ranged', 'measured', 'primary', 'first_run', 'mean_cell', 'seed_links', 'base_rows', 'quality_rows',
-           'prediction', 'predicted_cells', 'cost_rows', 'run_rows', 'signed', 'verdict_rows']
+           'ranged', 'measured', 'primary', 'first_run', 'mean_cell', 'seed_links', 'base_rows', 'counted', 'busy',
+           'quality_rows', 'prediction', 'predicted_cells', 'cost_rows', 'run_rows', 'signed', 'verdict_rows']
 
 # %% ../nbs/39_tables.ipynb #abb80b7f
 import math, os, re
@@ -199,6 +199,18 @@ def base_rows(e:Evidence, shown:dict) -> list: # of Row
         out.append(Row(('base, no adapter' + (f', {name}' if name else ''), '', *(Span(amount(v, m), f"#run-{g.run_id.iloc[0]}", f'read in every run ({len(g)})') for v, m in zip(numbers, shown)), '', '')))
     return out
 
+# %% ../nbs/39_tables.ipynb #1d5c0a77
+def counted(e:Evidence, what:str) -> str: # '300', '25 to 100'; '' where it was not
+    "A count that runs may differ in"
+    n = e.runs[what].dropna() if what in e.runs else ()
+    return '' if not len(n) else f'{n.max():,.0f}' if n.nunique() == 1 else f'{n.min():,.0f} to {n.max():,.0f}'
+
+# %% ../nbs/39_tables.ipynb #1d5c0a76
+def busy(runs:pd.DataFrame) -> list: # a sentence, or none
+    "Whether runs shared their machine"
+    k = (runs.load_average > runs.threads).sum() if 'load_average' in runs else 0
+    return [f'{k} of {len(runs)} runs began while the machine had more to do than the run itself (load average above its threads): read their times with care.'] if k else []
+
 # %% ../nbs/39_tables.ipynb #764bd409
 def quality_rows(e:Evidence, place:Place, verdicts:list) -> Table:
     "What each setting scores"
@@ -208,8 +220,8 @@ def quality_rows(e:Evidence, place:Place, verdicts:list) -> Table:
     for name in e:
         verdict = 'the best' if name == top else said.get(name, '–')
         rows.append(Row((name, Span(str(len(e.settings[name])), first_run(e, name)), *(mean_cell(e, name, m) for m in shown), verdict, seed_links(e, name, place)), place.setting(e, name)[1:]))
-    n = e.runs.get('test_n_examples')
-    caption = f'Quality on held-out test rows{f" ({n.max():,.0f})" if n is not None and n.notna().any() else ""}: mean over n seeds, its 95 % interval below. A number leads to its runs.'
+    rows_read, answers = (counted(e, f'test_n_{what}') for what in ('examples', 'generated'))
+    caption = f'Quality on the test rows{f" ({rows_read})" if rows_read else ""}{f", answers generated for {answers} of them" if answers and answers != rows_read else ""}: mean over n seeds, its 95 % interval below. A number leads to its runs.'
     return Table(caption, ('setting', 'n', *(Span(t, title=LABELS.get(m.removeprefix('test_'), '')) for m, t in shown.items()), Span('against the best', title=SHOWN[primary(e)]), Span('notebooks', title='by seed')), tuple(rows), measured=True)
 
 # %% ../nbs/39_tables.ipynb #16cab611

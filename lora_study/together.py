@@ -96,7 +96,8 @@ def partners(
 # %% ../nbs/44_together.ipynb #618858cc
 def room_for(device:str, drivers:int=1) -> tuple: # bytes, cpu or cuda; drivers: that share this machine's memory
     "Where a pack would train, and what is free there; BadInput where nobody can tell"
-    from lora_study.workers import BESIDES, free_bytes
+    from lora_study.machine import free_bytes
+    from lora_study.workers import BESIDES
     gpus = warm.called('lora_study.model:cards', device)
     if not gpus: return free_bytes()/drivers - BESIDES, 'cpu'
     ask = ['nvidia-smi', '-i', gpus[0], '--query-gpu=memory.free', '--format=csv,noheader,nounits']

@@ -177,8 +177,8 @@ def more_seeds(
     extra = np.arange(least, cap + 1)
     enough = chance_decided(e, e.n + extra, margin, alpha) >= chance
     if enough.any(): k = int(extra[enough.argmax()]); return k, f'{k} more seed{"s" if k > 1 else ""} would decide it with {chance:.0%} chance if the true difference is the one seen'
-    seeds_only = replace(e, parts=e.parts[:1])
-    if len(e.parts) > 1 and chance_decided(seeds_only, [e.n + cap], margin, alpha)[0] >= chance: return None, f'more seeds alone will not decide it: more test examples will'
+    without_examples = chance_decided(replace(e, parts=e.parts[:1]), [max(e.n, min_seeds), e.n + cap], margin, alpha) >= chance # were there examples without end
+    if len(e.parts) > 1 and without_examples.any(): return None, 'more seeds alone will not decide it: ' + ('more test examples will' if without_examples[0] and e.n >= min_seeds else 'more seeds and more test examples will')
     return None, f'not even {cap} more seeds would decide it if the true difference is the one seen' + (': it is about as large as δ' if margin and .7 < abs(e.estimate)/margin < 1.3 else '')
 
 # %% ../nbs/28_verdicts.ipynb #9778d361
@@ -336,7 +336,10 @@ def best_learning_rate(
     if not np.isfinite(mean).any(): return Optimum(None, n=s, level=level, note='at every learning rate a seed diverged')
     i = int(mean.argmin()); at = float(rates[order][i])
     if i in (0, len(x) - 1): return Optimum(None, grid_rate=at, n=s, level=level, note=f'the best learning rate, {at:g}, is the {"lowest" if i == 0 else "highest"} of its grid: extend the grid {"downwards" if i == 0 else "upwards"}')
-    v = float(vertices(x, mean)); notes = ['a neighbour of the best rate diverged: the grid point itself is given'] if not np.isfinite(mean[i-1:i+2]).all() else []
+    v, three = float(vertices(x, mean)), slice(i - 1, i + 2); whole = np.isfinite(mean[three]).all()
+    notes = [] if whole else ['a neighbour of the best rate diverged: the grid point itself is given']
+    dip = np.polyfit(x[three] - v, mean[three], 2)[-1] if whole else 0. # the parabola's least loss
+    if dip < 0: return Optimum(at, float(rates[order][i-1]), float(rates[order][i+1]), at, s, True, f'the parabola through the three best rates falls to a loss of {dip:.2g}, which there is not: the rates are too far apart to say where between them the best lies', level)
     if s < 2: return Optimum(math.exp(v), grid_rate=at, n=s, valid=True, level=level, note='; '.join([*notes, 'one seed: no interval']))
     picks = rng.multinomial(s, np.full(s, 1/s), size=draws)
     with np.errstate(invalid='ignore'): curves = picks @ np.where(np.isfinite(y), y, 0)/s

@@ -75,14 +75,14 @@ def test_a_study_ends_in_a_report_whose_numbers_and_links_hold(study_file):
     listed = cli('plan', study_file)
     assert '4 runs, 4 done, 0 to do' in listed.stdout
     shown = cli('show', df.run_id[0])
-    assert shown.returncode == 0 and f'{df.test_nll[0]:.3f}' in shown.stdout
+    assert shown.returncode == 0 and f'{df.test_nll[0]:.3f}' in shown.stdout and f'applied_engine = {df.applied_engine[0]}' in shown.stdout and 'relative_norm' not in shown.stdout and 'relative norm' in shown.stdout
     exported = cli('export', 'tiny')
     assert [json.loads(l)['run_id'] for l in exported.stdout.splitlines()] == df.run_id.tolist()
     adapter = study_file.parent/'results/tiny/runs'/df.label[3]/'final/adapter'
     judged = cli('evaluate', adapter, '--test-size', 8, '--generate-size', 2, '--max-new-tokens', 4)
     assert judged.returncode == 0 and f'| {df.base_nll[3]:.3f} | {df.test_nll[3]:.3f} |' in judged.stdout, judged.stdout + judged.stderr
     asked = cli('runs', '--where', 'lora_r=4', '--where', 'seed=1')
-    assert asked.stdout.splitlines()[-1] == '1 runs'
+    assert asked.stdout.splitlines()[-1] == '1 run'
     assert cli('report', study_file, '--set', 'axes={lora_r: [2]}').returncode == 0 # what a study no longer asks for leaves its page and its records
     assert len(linked(page)) == (page.parent/'records.jsonl').read_text().count('\n') == 2
 
