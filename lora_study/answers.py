@@ -204,7 +204,7 @@ def optimum_words(o, tried:list) -> str: # an Optimum; the rates, rising
     "A learning rate's optimum, or why there is none"
     if not o.valid: return f'No best learning rate can be given ({o.note})'
     count, at = f'{len(tried)} tried; n = {o.n} seed{"s" if o.n != 1 else ""}', tried.index(o.grid_rate)
-    if o.rate == o.grid_rate: return f'The best learning rate tried is {o.rate:.2g}' + (f'; the best there is lies between {o.low:.2g} and {o.high:.2g}' if o.low is not None else '') + f' ({count})'
+    if o.coarse: return f'The best learning rate tried is {o.rate:g}; the best there is lies between {o.low:g} and {o.high:g} ({count})'
     interval = f'{o.level:.0%} interval over seeds {o.low:.2g} to {o.high:.2g}; ' if o.low is not None else ''
     return f'The best learning rate lies at {o.rate:.2g} by the parabola through {tried[at-1]:g}, {o.grid_rate:g} and {tried[at+1]:g} ({interval}{count})'
 

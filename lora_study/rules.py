@@ -33,7 +33,7 @@ def best_rates(
     grids = [grid(a.rows, choosing(a.rows), MIN_SEEDS) for a in ts]
     for a, y in zip(ts, grids):
         if len(y.columns) < 3: raise Unsettled('NOT-TESTABLE', f'{a.name}: {len(y.columns)} learning rates with {MIN_SEEDS} seeds each: three that bracket the best are the least', f'a learning-rate grid of {MIN_SEEDS} seeds for {a.name}')
-        optimum(a.name, y)
+        if (o := optimum(a.name, y)).coarse: raise Unsettled('NOT-TESTABLE', f'{a.name}: {o.note}', f'learning rates between {o.low:g} and {o.high:g} for {a.name}')
     seeds = sorted(set.intersection(*(set(y.index) for y in grids)), key=str); s = len(seeds)
     if s < MIN_SEEDS: raise Unsettled('NOT-TESTABLE', f'{s} seeds have the whole grid in {" and ".join(a.name for a in ts)}', f'{MIN_SEEDS} shared seeds')
     picks, point, drawn = rng.multinomial(s, np.full(s, 1/s), size=draws)/s, [], []

@@ -306,6 +306,7 @@ class Optimum:
     valid: bool = False
     note: str = ''
     level: float = .95
+    coarse: bool = False    # no more is known than the tried rates on either side, which low and high then are
 
 # %% ../nbs/28_verdicts.ipynb #7959c621
 def vertices(
@@ -339,7 +340,7 @@ def best_learning_rate(
     v, three = float(vertices(x, mean)), slice(i - 1, i + 2); whole = np.isfinite(mean[three]).all()
     notes = [] if whole else ['a neighbour of the best rate diverged: the grid point itself is given']
     dip = np.polyfit(x[three] - v, mean[three], 2)[-1] if whole else 0. # the parabola's least loss
-    if dip < 0: return Optimum(at, float(rates[order][i-1]), float(rates[order][i+1]), at, s, True, f'the parabola through the three best rates falls to a loss of {dip:.2g}, which there is not: the rates are too far apart to say where between them the best lies', level)
+    if dip < 0: return Optimum(at, float(rates[order][i-1]), float(rates[order][i+1]), at, s, True, f'the parabola through the three best rates falls to a loss of {dip:.2g}, which there is not: the rates are too far apart to say where between them the best lies', level, True)
     if s < 2: return Optimum(math.exp(v), grid_rate=at, n=s, valid=True, level=level, note='; '.join([*notes, 'one seed: no interval']))
     picks = rng.multinomial(s, np.full(s, 1/s), size=draws)
     with np.errstate(invalid='ignore'): curves = picks @ np.where(np.isfinite(y), y, 0)/s
