@@ -195,4 +195,3 @@ def orderly(
     try: yield
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
-        exec('') # Python remembers an interrupt inside text it executes (an import's dataclass is such), and `python -m` would end by that, whatever it was told

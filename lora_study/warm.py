@@ -84,6 +84,7 @@ def become(target:str, args:list, env:dict, cwd:str, streams:list): # target: mo
         threads = [int(asked)] if (asked := env.get('OMP_NUM_THREADS', '')).isdecimal() else THREADS
         for n in threads if 'torch' in sys.modules else (): sys.modules['torch'].set_num_threads(n) # here, while there is one thread: torch makes its pool anew after a fork, and not safely among several
         for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         resolve_name(target)(*args); code = 0
     except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)
     except BaseException: traceback.print_exc()
@@ -141,11 +142,13 @@ def fork_one(
     heed(asked['env'])
     later += chores(asked.pop('ready'))
     while later and not streams: later.pop(0)()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]) # an end in the midst of what Python does around a fork would be ignored, and told
     try: pid = os.fork()
     except OSError: pid = None # no memory, or too many processes: who asks hears that nobody answers
     if pid == 0:
         for s in (mine, *others): s.close()
         become(**asked, streams=streams)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     for fd in streams: os.close(fd)
     if pid is None: mine.close(); return None
     try: mine.sendall(pid.to_bytes(4, 'big'))
